@@ -1,0 +1,95 @@
+"""Reachable batches: micro-batch x accumulation x data-parallel ranks, and finer below one full pass.
+
+One full pass is micro_batch_size * data_parallel_size samples. From there on a global batch is a whole number of full
+passes; below it the micro-batch itself shrinks, in multiples of micro_batch_granularity samples per rank.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from gns_controller.core.contract import Count, FrozenModel, PositiveCount
+from gns_controller.core.errors import BatchShapeError
+
+LearningRateCoupling = Literal["sqrt", "linear", "none"]
+
+
+class BatchRules(FrozenModel):
+    """The part of a run's specification that says which batches exist and how they start."""
+
+    global_batch_size: PositiveCount
+    """Batch at the start; the learning rate is tuned for it."""
+    micro_batch_size: PositiveCount
+    """Most samples per rank per backward pass."""
+    micro_batch_granularity: PositiveCount = 1
+    """Below one full pass the micro-batch shrinks in multiples of this."""
+    learning_rate_coupling: LearningRateCoupling = "sqrt"
+    """What a batch change does to the learning rate."""
+    decision_delay_steps: Count = 1
+    """Whole steps between a measurement and the plan it leads to. Hides the round trip to the controller."""
+
+
+class BatchShape(NamedTuple):
+    """One way to make a global batch."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+
+
+def floor_to_reachable(
+    batch_size: float, *, micro_batch_size: int, data_parallel_size: int, micro_batch_granularity: int = 1
+) -> int:
+    """The largest reachable global batch that is not above `batch_size`; the smallest reachable one if all are."""
+    full_pass = micro_batch_size * data_parallel_size
+    finest = min(micro_batch_granularity, micro_batch_size) * data_parallel_size
+    quantum = full_pass if batch_size >= full_pass else finest
+    return max(int(batch_size // quantum) * quantum, finest)
+
+
+def next_reachable(
+    batch_size: int, *, micro_batch_size: int, data_parallel_size: int, micro_batch_granularity: int = 1
+) -> int:
+    """The smallest reachable global batch above `batch_size`."""
+    full_pass = micro_batch_size * data_parallel_size
+    finest = min(micro_batch_granularity, micro_batch_size) * data_parallel_size
+    if batch_size >= full_pass:
+        return (batch_size // full_pass + 1) * full_pass
+    return min((batch_size // finest + 1) * finest, full_pass)
+
+
+def factor_batch(
+    global_batch_size: int, *, micro_batch_size: int, data_parallel_size: int, micro_batch_granularity: int = 1
+) -> BatchShape:
+    """Split a global batch over ranks and backward passes.
+
+    Raises:
+        BatchShapeError: the batch is not reachable; the message names the nearest that are.
+    """
+    below = floor_to_reachable(
+        global_batch_size,
+        micro_batch_size=micro_batch_size,
+        data_parallel_size=data_parallel_size,
+        micro_batch_granularity=micro_batch_granularity,
+    )
+    full_pass = micro_batch_size * data_parallel_size
+    if below == global_batch_size:
+        if global_batch_size >= full_pass:
+            return BatchShape(global_batch_size, micro_batch_size, global_batch_size // full_pass)
+        return BatchShape(global_batch_size, global_batch_size // data_parallel_size, 1)
+    above = next_reachable(
+        global_batch_size,
+        micro_batch_size=micro_batch_size,
+        data_parallel_size=data_parallel_size,
+        micro_batch_granularity=micro_batch_granularity,
+    )
+    nearest = f"{below} or {above}" if below < global_batch_size else str(below)
+    if global_batch_size > full_pass:
+        wanted = f"micro_batch_size * data_parallel_size = {micro_batch_size} * {data_parallel_size} = {full_pass}"
+    else:
+        finest = min(micro_batch_granularity, micro_batch_size)
+        wanted = (
+            f"micro_batch_granularity * data_parallel_size = {finest} * {data_parallel_size} "
+            f"= {finest * data_parallel_size}"
+        )
+    raise BatchShapeError(f"{global_batch_size=} is not a multiple of {wanted}. Nearest reachable: {nearest}.")

@@ -1,0 +1,106 @@
+"""Every exception this project raises.
+
+GnsError
+├── InvalidInputError (ValueError)      what was asked for cannot be done; the message says what can
+│   ├── BatchShapeError                 a batch that these ranks cannot make
+│   ├── GeometryError                   a geometry that no parameter group has, or that a tensor cannot have
+│   └── TooFewGroupsError               one gradient has no spread
+├── PlanDivergedError                   two ranks hold different plans: training must stop
+├── MissingDependencyError (ImportError)  the message carries the `pip install` line
+├── RunError                            the service knows the request but not like this
+│   ├── UnknownRunError
+│   ├── RunConflictError                the run exists with another specification
+│   └── StaleAttemptError               a newer incarnation of the run has registered
+└── StoreError
+    ├── StoreUnavailableError           disk full, database gone: try again later, nothing was recorded
+    ├── StoreBusyError                  too much is queued: try again later, nothing was recorded
+    ├── DatabaseCorruptError
+    └── DatabaseTooNewError             written by a newer version of this program
+"""
+
+from __future__ import annotations
+
+
+class GnsError(Exception):
+    """Root of every exception raised by gns_controller and trainer_hooks."""
+
+
+class InvalidInputError(GnsError, ValueError):
+    """What was asked for cannot be done."""
+
+
+class BatchShapeError(InvalidInputError):
+    """No micro-batch and accumulation make this global batch on these ranks."""
+
+
+class GeometryError(InvalidInputError):
+    """A geometry that no parameter group has, or that a tensor cannot have."""
+
+
+class TooFewGroupsError(InvalidInputError):
+    """Noise needs at least two groups of samples."""
+
+
+class PlanDivergedError(GnsError):
+    """Ranks hold different batch plans."""
+
+
+class MissingDependencyError(GnsError, ImportError):
+    """An optional dependency is not installed."""
+
+
+class RunError(GnsError):
+    """A request about a run that cannot be served."""
+
+
+class UnknownRunError(RunError):
+    """No run has this name."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(f"run {run_id!r} is not registered; PUT /api/v1/runs/{run_id} first.")
+        self.run_id = run_id
+
+
+class RunConflictError(RunError):
+    """The run exists with another specification; both are kept for the caller to see."""
+
+    def __init__(self, run_id: str, *, registered: dict[str, object], requested: dict[str, object]) -> None:
+        super().__init__(
+            f"run {run_id!r} exists with another specification; choose another name or send the registered one."
+        )
+        self.run_id = run_id
+        self.registered = registered
+        self.requested = requested
+
+
+class StaleAttemptError(RunError):
+    """A newer incarnation of this run has registered; the old one may not report any more."""
+
+    def __init__(self, run_id: str, *, attempt: int, current_attempt: int) -> None:
+        super().__init__(
+            f"attempt {attempt} of run {run_id!r} is over: attempt {current_attempt} has registered since. "
+            "Stop this job, or register again to begin a new attempt."
+        )
+        self.run_id = run_id
+        self.attempt = attempt
+        self.current_attempt = current_attempt
+
+
+class StoreError(GnsError):
+    """The store could not do its work."""
+
+
+class StoreUnavailableError(StoreError):
+    """The database cannot be written or read now; nothing of this request was recorded."""
+
+
+class StoreBusyError(StoreError):
+    """The write queue is full; nothing of this request was recorded."""
+
+
+class DatabaseCorruptError(StoreError):
+    """The file is not a database of this program, or it is damaged."""
+
+
+class DatabaseTooNewError(StoreError):
+    """A newer version of this program wrote the database."""

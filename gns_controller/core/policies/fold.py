@@ -1,0 +1,218 @@
+"""The frame that all policies share: state, smoothing, limits of the hardware, and the decision's sentence.
+
+One step of the fold is adopt -> observe -> propose (the policy) -> conclude. Nothing here knows a policy by name.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
+
+from gns_controller.core.batch_arithmetic import BatchRules, factor_batch, floor_to_reachable
+from gns_controller.core.contract import (
+    BatchPlan,
+    Count,
+    Decision,
+    Estimator,
+    FrozenModel,
+    Geometry,
+    GroupReading,
+    NoiseScaleMeasurement,
+    Reason,
+)
+from gns_controller.core.coupling import learning_rate_factor
+from gns_controller.core.smoothing import SmoothedNoiseScale
+
+
+class PolicyConfig(FrozenModel):
+    """What every policy is told: which readings to average, and how. Also what the dashboards then show."""
+
+    estimator: Estimator = "split"
+    """Which estimator's readings to follow."""
+    geometry: Geometry | None = None
+    """Follow the first reading with this geometry; None: the first reading, which is the optimizer's matrices."""
+    noise_beta: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Weight of the past in the average of noise_sq, per measurement."""
+    signal_beta: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Weight of the past in the average of signal_sq, per measurement."""
+
+
+class PolicyState(FrozenModel):
+    """Everything a policy remembers between two measurements."""
+
+    plan: BatchPlan
+    smoothed: SmoothedNoiseScale | None = None
+    num_measurements: Count = 0
+    changed_at_step: Count = 0
+    """optimizer_step of the last batch change."""
+    changed_at_samples: Count = 0
+    """samples_seen at the last batch change."""
+
+
+class Proposal(NamedTuple):
+    """What a policy wants, before the ranks' arithmetic."""
+
+    batch_size: float | None
+    """Samples asked for; None: keep the present batch."""
+    reason: Reason
+    """Why; for a batch_size, the reason if that batch is taken."""
+    because: str
+    """The numbers behind it, as a clause that follows a colon."""
+    requested_batch_size: float | None = None
+    """What the rule asked for before limits, where that is a number."""
+
+
+def initial_plan(rules: BatchRules, *, data_parallel_size: int) -> BatchPlan:
+    """Version 0: the specification's batch, in force from the first step.
+
+    Raises:
+        BatchShapeError: these ranks cannot make that batch.
+    """
+    shape = factor_batch(
+        rules.global_batch_size,
+        micro_batch_size=rules.micro_batch_size,
+        data_parallel_size=data_parallel_size,
+        micro_batch_granularity=rules.micro_batch_granularity,
+    )
+    return BatchPlan(
+        version=0,
+        global_batch_size=shape.global_batch_size,
+        micro_batch_size=shape.micro_batch_size,
+        gradient_accumulation_steps=shape.gradient_accumulation_steps,
+        learning_rate_factor=1.0,
+        effective_step=0,
+    )
+
+
+def adopt(state: PolicyState, measurement: NoiseScaleMeasurement, *, rules: BatchRules) -> PolicyState:
+    """Believe the trainer about the batch that is in force.
+
+    The plan that should be in force by now may not be: the trainer decided alone during an outage, an operator
+    pinned another batch, or the world size changed on a restart.
+    """
+    plan = state.plan
+    if measurement.optimizer_step < plan.effective_step or measurement.global_batch_size == plan.global_batch_size:
+        return state
+    measured = BatchPlan(
+        version=max(plan.version, measurement.plan_version),
+        global_batch_size=measurement.global_batch_size,
+        micro_batch_size=measurement.micro_batch_size,
+        gradient_accumulation_steps=measurement.gradient_accumulation_steps,
+        learning_rate_factor=learning_rate_factor(
+            rules.learning_rate_coupling,
+            global_batch_size=measurement.global_batch_size,
+            initial_batch_size=rules.global_batch_size,
+        ),
+        effective_step=measurement.optimizer_step,
+    )
+    return state.model_copy(
+        update={
+            "plan": measured,
+            "changed_at_step": measurement.optimizer_step,
+            "changed_at_samples": measurement.samples_seen,
+        }
+    )
+
+
+def followed_reading(config: PolicyConfig, measurement: NoiseScaleMeasurement) -> GroupReading | None:
+    """The reading that this policy's averages are made of."""
+    for reading in measurement.readings:
+        if reading.estimator == config.estimator and config.geometry in (None, reading.geometry):
+            return reading
+    return None
+
+
+def observe(config: PolicyConfig, state: PolicyState, measurement: NoiseScaleMeasurement) -> tuple[PolicyState, Reason]:
+    """Update the averages. The reason is "hold" where there was something to learn, else why there was not."""
+    reading = followed_reading(config, measurement)
+    if reading is None:
+        return state, "hold_no_reading"
+    if not reading.is_finite:
+        return state, "hold_not_finite"
+    before = state.smoothed
+    if before is None or (before.group, before.estimator) != (reading.group, reading.estimator):
+        smoothed = SmoothedNoiseScale.started_by(reading)
+    else:
+        smoothed = before.updated(reading, noise_beta=config.noise_beta, signal_beta=config.signal_beta)
+    return state.model_copy(update={"smoothed": smoothed, "num_measurements": state.num_measurements + 1}), "hold"
+
+
+def conclude(
+    state: PolicyState,
+    measurement: NoiseScaleMeasurement,
+    proposal: Proposal,
+    *,
+    rules: BatchRules,
+    policy: str,
+    policy_revision: int,
+) -> tuple[PolicyState, Decision]:
+    """Turn a proposal into a reachable plan and a decision that explains itself."""
+    previous = state.plan
+    reason, plan = proposal.reason, previous
+    if proposal.batch_size is not None and math.isfinite(proposal.batch_size):
+        reachable = floor_to_reachable(
+            max(proposal.batch_size, 0.0),
+            micro_batch_size=rules.micro_batch_size,
+            data_parallel_size=measurement.data_parallel_size,
+            micro_batch_granularity=rules.micro_batch_granularity,
+        )
+        if reachable == previous.global_batch_size:
+            reason = "hold_below_deadband" if reason in ("grow", "shrink", "capped_growth") else reason
+        else:
+            plan = _plan_for(reachable, previous, measurement, rules)
+            state = state.model_copy(
+                update={
+                    "plan": plan,
+                    "changed_at_step": plan.effective_step,
+                    "changed_at_samples": measurement.samples_seen,
+                }
+            )
+    before, after = previous.global_batch_size, plan.global_batch_size
+    outcome = f"Keep {before} samples" if after == before else f"{before} -> {after} samples"
+    smoothed = state.smoothed
+    decision = Decision(
+        attempt=measurement.attempt,
+        optimizer_step=measurement.optimizer_step,
+        samples_seen=measurement.samples_seen,
+        policy=policy,
+        policy_revision=policy_revision,
+        reason=reason,
+        explanation=f"{outcome}: {proposal.because}",
+        previous_batch_size=before,
+        requested_batch_size=_finite_or_none(proposal.requested_batch_size),
+        noise_sq=smoothed.noise_sq.mean if smoothed else None,
+        signal_sq=smoothed.signal_sq.mean if smoothed else None,
+        noise_scale=smoothed.noise_scale if smoothed else None,
+        ceiling_samples=smoothed.ceiling_samples if smoothed else None,
+        resolution=smoothed.resolution if smoothed else None,
+        unresolved=smoothed.unresolved if smoothed else True,
+        plan=plan,
+    )
+    return state, decision
+
+
+def _plan_for(batch_size: int, previous: BatchPlan, measurement: NoiseScaleMeasurement, rules: BatchRules) -> BatchPlan:
+    shape = factor_batch(
+        batch_size,
+        micro_batch_size=rules.micro_batch_size,
+        data_parallel_size=measurement.data_parallel_size,
+        micro_batch_granularity=rules.micro_batch_granularity,
+    )
+    return BatchPlan(
+        version=max(previous.version, measurement.plan_version) + 1,
+        global_batch_size=shape.global_batch_size,
+        micro_batch_size=shape.micro_batch_size,
+        gradient_accumulation_steps=shape.gradient_accumulation_steps,
+        learning_rate_factor=learning_rate_factor(
+            rules.learning_rate_coupling,
+            global_batch_size=shape.global_batch_size,
+            initial_batch_size=rules.global_batch_size,
+        ),
+        effective_step=measurement.optimizer_step + rules.decision_delay_steps,
+    )
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

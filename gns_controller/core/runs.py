@@ -1,0 +1,166 @@
+"""What a run is told to be, and what the REST API says about it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from gns_controller.core.batch_arithmetic import BatchRules
+from gns_controller.core.contract import (
+    BatchPlan,
+    Count,
+    Decision,
+    FiniteFloat,
+    FrozenModel,
+    Label,
+    NoiseScaleMeasurement,
+    ParameterGroup,
+    PositiveCount,
+    RunId,
+    Span,
+)
+from gns_controller.core.policies import AnyPolicyConfig, HoldPolicyConfig, initial_plan
+
+RunState = Literal["registered", "running", "silent", "finished"]
+"""registered: nothing reported yet. silent: no report for longer than expected. finished: the budget is used up."""
+
+
+class RunSpecification(FrozenModel):
+    """What a run is: fixed for all its attempts. Registering the same name with another one is a conflict."""
+
+    batch: BatchRules
+    data_parallel_size: PositiveCount
+    """Ranks that see different samples, at the first registration. Measurements carry the present one."""
+    budget_samples: PositiveCount
+    """Samples after which the run ends."""
+    tokens_per_sample: PositiveCount | None = None
+    """For axes and tables in tokens."""
+    optimizer: Label = "unknown"
+    parameter_groups: Annotated[tuple[ParameterGroup, ...], Field(max_length=256)] = ()
+    measurement_interval: Span = Span(steps=25)
+    """Distance between two measured steps."""
+    policy: AnyPolicyConfig = HoldPolicyConfig()
+    mode: Literal["active", "shadow"] = "active"
+    """shadow: decide and record, change nothing."""
+    description: Annotated[str, Field(max_length=2000)] = ""
+
+    @model_validator(mode="after")
+    def _reachable_and_measurable(self) -> Self:
+        initial_plan(self.batch, data_parallel_size=self.data_parallel_size)
+        geometries = [group.geometry for group in self.parameter_groups]
+        wanted = self.policy.geometry
+        if wanted is not None and geometries and wanted not in geometries:
+            raise ValueError(
+                f"the policy follows geometry {wanted!r}, and no parameter group has it; "
+                f"groups have {', '.join(sorted(set(geometries)))}."
+            )
+        return self
+
+
+class Registration(FrozenModel):
+    """Body of PUT /runs/{run_id}: one incarnation of a run announces itself. Sending it again changes nothing."""
+
+    specification: RunSpecification
+    incarnation: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{8,64}$")]
+    """Random name of this process tree: the same incarnation keeps its attempt, a new one begins the next."""
+    resume_step: Count = 0
+    """Completed optimizer steps in the checkpoint this incarnation started from. Decisions go on from the last
+    measurement up to that step."""
+
+
+class RegistrationReply(FrozenModel):
+    """What the controller answers to a registration."""
+
+    run_id: RunId
+    attempt: Count
+    plan: BatchPlan
+    policy: AnyPolicyConfig
+    policy_revision: Count
+
+
+class IngestReply(FrozenModel):
+    """What the controller answers to measurements, after they are on disk."""
+
+    accepted: Count
+    duplicates: Count
+    plan: BatchPlan
+    """The plan that the run should follow."""
+    decision: Decision | None
+    """The decision about the last measurement of this attempt."""
+    policy_revision: Count
+
+
+class RunView(FrozenModel):
+    """One run as the list and the page show it."""
+
+    run_id: RunId
+    state: RunState
+    specification: RunSpecification
+    policy: AnyPolicyConfig
+    policy_revision: Count
+    attempt: Count
+    optimizer_step: Count
+    samples_seen: Count
+    plan: BatchPlan
+    last_measurement: NoiseScaleMeasurement | None
+    last_decision: Decision | None
+    num_measurements: Count
+    registered_at: datetime
+    last_report_at: datetime | None
+
+
+class RecordedMeasurement(FrozenModel):
+    """A stored measurement; `sequence` orders the whole log of all runs."""
+
+    sequence: Count
+    received_at: datetime
+    measurement: NoiseScaleMeasurement
+
+
+class RecordedDecision(FrozenModel):
+    """A stored decision; `sequence` is that of its measurement."""
+
+    sequence: Count
+    decided_at: datetime
+    decision: Decision
+
+
+class RunPage(FrozenModel):
+    """GET /runs."""
+
+    items: tuple[RunView, ...]
+    next_cursor: str | None
+
+
+class MeasurementPage(FrozenModel):
+    """GET /runs/{run_id}/measurements."""
+
+    items: tuple[RecordedMeasurement, ...]
+    next_cursor: str | None
+
+
+class DecisionPage(FrozenModel):
+    """GET /runs/{run_id}/decisions."""
+
+    items: tuple[RecordedDecision, ...]
+    next_cursor: str | None
+
+
+class ProjectedStage(FrozenModel):
+    """A batch that is known to come."""
+
+    samples_seen: Count
+    global_batch_size: PositiveCount
+    learning_rate_factor: FiniteFloat
+
+
+class ScheduleView(FrozenModel):
+    """GET /runs/{run_id}/schedule: the plans so far, oldest first, and what is known to come."""
+
+    run_id: RunId
+    attempt: Count
+    plans: tuple[BatchPlan, ...]
+    projection: tuple[ProjectedStage, ...]
+    """The stages ahead of an open-loop policy; empty for policies that depend on what will be measured."""

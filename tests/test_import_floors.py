@@ -1,0 +1,104 @@
+"""The plan of the house: a module imports downward only, and only the third-party packages named beside it."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# module (or package) -> (floor, third-party packages). A package's line holds for its modules unless they have their own.
+SERVICE = {
+    "gns_controller": (0, set()),
+    "gns_controller.core": (0, set()),
+    "gns_controller.core.errors": (0, set()),
+    "gns_controller.core.contract": (1, {"pydantic"}),
+    "gns_controller.core.batch_arithmetic": (2, set()),
+    "gns_controller.core.smoothing": (2, set()),
+    "gns_controller.core.coupling": (3, set()),
+    "gns_controller.core.policies.fold": (4, {"pydantic"}),
+    "gns_controller.core.policies.hold": (5, set()),
+    "gns_controller.core.policies.stages": (5, {"pydantic"}),
+    "gns_controller.core.policies.noise_scale": (5, {"pydantic"}),
+    "gns_controller.core.policies": (6, {"pydantic"}),
+    "gns_controller.core.runs": (7, {"pydantic"}),
+    "gns_controller.core.replay": (8, set()),
+    "gns_controller.store": (10, {"sqlalchemy", "alembic", "pydantic"}),
+    "gns_controller.metrics": (10, {"prometheus_client"}),
+    "gns_controller.settings": (10, {"pydantic", "pydantic_settings"}),
+    "gns_controller.controller": (12, set()),
+    "gns_controller.web": (13, {"fastapi", "starlette", "pydantic", "prometheus_client"}),
+    "gns_controller.demo": (14, {"httpx", "rich", "matplotlib"}),
+    "gns_controller.cli": (15, {"typer", "uvicorn", "rich", "httpx", "pydantic"}),
+    "gns_controller.__main__": (16, set()),
+}
+TRAINER = {
+    "trainer_hooks.estimators": (1, {"torch"}),
+    "trainer_hooks.kernels": (1, {"torch"}),
+    "trainer_hooks.collectives": (1, {"torch"}),
+    "trainer_hooks.capture": (2, {"torch"}),
+    "trainer_hooks.optim": (2, {"torch"}),
+    "trainer_hooks.batching": (2, {"torch"}),
+    "trainer_hooks.client": (2, {"httpx"}),
+    "trainer_hooks.session": (3, {"torch"}),
+    "trainer_hooks.integrations": (4, {"torch"}),
+    "trainer_hooks": (4, {"torch"}),
+    "trainer_hooks.examples": (5, {"torch"}),
+}
+PLAN = SERVICE | TRAINER
+
+
+def _modules() -> list[tuple[str, Path]]:
+    found = []
+    for package in ("gns_controller", "trainer_hooks"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+    return found
+
+
+def _planned(module: str) -> str:
+    while module not in PLAN:
+        module, dot, _ = module.rpartition(".")
+        assert dot, f"{module} is not in the plan"
+    return module
+
+
+def _imports(module: str, path: Path) -> list[str]:
+    names = []
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1] + [base]).rstrip(".")
+            names += [f"{base}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize(("module", "path"), _modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_a_module_imports_downward_only(module: str, path: Path) -> None:
+    home = _planned(module)
+    floor, third_party = PLAN[home]
+    known = {name for name, _ in _modules()}
+    for name in _imports(module, path):
+        root = name.split(".")[0]
+        if root in sys.stdlib_module_names:
+            continue
+        if root not in ("gns_controller", "trainer_hooks"):
+            assert root in third_party, f"{module} imports {root}, which its floor does not list"
+            continue
+        target = name if name in known else name.rpartition(".")[0]
+        other = _planned(target)
+        if other == home:
+            continue
+        if home in TRAINER and other in SERVICE:
+            assert other.startswith("gns_controller.core"), f"{module} enters {other}: only gns_controller.core is open"
+            continue
+        assert other in (SERVICE if home in SERVICE else TRAINER), f"{module} imports {target}"
+        assert PLAN[other][0] < floor, f"{module} (floor {floor}) imports {target} (floor {PLAN[other][0]})"
