@@ -1,0 +1,175 @@
+// Talking to the controller: JSON by fetch, events by a stream that reconnects, and the token that both may need.
+
+import { h, showConnection } from "./dom.js";
+
+const BASE = "/api/v1";
+const TOKEN = "gns-controller-token";
+const FIRST_RETRY_MILLISECONDS = 500;
+const LAST_RETRY_MILLISECONDS = 15_000;
+const SILENCE_MILLISECONDS = 60_000; // the server comments at least this often; a dead socket says nothing
+
+/** A refusal, with the problem+json title and detail where the server sent one. */
+export class ApiError extends Error {
+  constructor(status, problem) {
+    super(problem?.detail || problem?.title || `The controller answered ${status}.`);
+    this.status = status;
+  }
+}
+
+function headers(extra) {
+  const token = sessionStorage.getItem(TOKEN);
+  return token ? { ...extra, Authorization: `Bearer ${token}` } : extra;
+}
+
+async function problemOf(response) {
+  try {
+    return await response.json();
+  } catch {
+    return null;
+  }
+}
+
+/** GET one resource. A 401 asks the person for a token and tries again with it. */
+export async function get(path, parameters = {}) {
+  const query = new URLSearchParams(parameters).toString();
+  for (;;) {
+    const response = await fetch(BASE + path + (query ? `?${query}` : ""), {
+      headers: headers({ Accept: "application/json" }),
+      cache: "no-store",
+    });
+    if (response.ok) return response.json();
+    const problem = await problemOf(response);
+    if (response.status !== 401) throw new ApiError(response.status, problem);
+    await askForToken(problem);
+  }
+}
+
+/**
+ * Follow a run's events from `after` on, for as long as the page lives.
+ *
+ * fetch instead of EventSource, because EventSource cannot send an Authorization header.
+ */
+export async function follow(path, { after, onEvent, onState, signal }) {
+  let last = after;
+  let wait = FIRST_RETRY_MILLISECONDS;
+  while (!signal.aborted) {
+    const attempt = new AbortController();
+    const stop = () => attempt.abort();
+    signal.addEventListener("abort", stop);
+    let silence = null;
+    const heard = () => {
+      clearTimeout(silence);
+      silence = setTimeout(stop, SILENCE_MILLISECONDS);
+    };
+    try {
+      heard();
+      const response = await fetch(`${BASE}${path}?after=${encodeURIComponent(last)}`, {
+        headers: headers({ Accept: "text/event-stream", "Last-Event-ID": String(last) }),
+        cache: "no-store",
+        signal: attempt.signal,
+      });
+      if (response.status === 401) {
+        await askForToken(await problemOf(response));
+        continue;
+      }
+      if (!response.ok) throw new ApiError(response.status, await problemOf(response));
+      onState("live");
+      for await (const event of eventsOf(response.body, heard)) {
+        wait = FIRST_RETRY_MILLISECONDS;
+        if (event.id) last = event.id;
+        onEvent(event);
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+      if (error instanceof SyntaxError) console.warn("event left out:", error.message);
+    } finally {
+      clearTimeout(silence);
+      signal.removeEventListener("abort", stop);
+    }
+    onState("reconnecting");
+    await new Promise((resolve) => setTimeout(resolve, wait * (0.75 + Math.random() / 2)));
+    wait = Math.min(wait * 2, LAST_RETRY_MILLISECONDS);
+  }
+}
+
+/** Server-sent events out of a byte stream: {id, type, data}. */
+async function* eventsOf(body, heard) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let buffer = "";
+  let event = { id: "", type: "message", data: [] };
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      heard();
+      buffer += value;
+      const lines = buffer.split(/\r\n|\n|\r(?!$)/);
+      buffer = lines.pop();
+      for (const line of lines) {
+        if (line === "") {
+          if (event.data.length) yield { ...event, data: event.data.join("\n") };
+          event = { id: "", type: "message", data: [] };
+          continue;
+        }
+        const colon = line.indexOf(":");
+        if (colon === 0) continue;
+        const field = colon < 0 ? line : line.slice(0, colon);
+        const content = colon < 0 ? "" : line.slice(colon + 1).replace(/^ /, "");
+        if (field === "id") event.id = content;
+        else if (field === "event") event.type = content;
+        else if (field === "data") event.data.push(content);
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+let asking = null;
+
+/** One form for however many requests were refused; resolves once a token was typed. */
+function askForToken(problem) {
+  if (asking) return asking;
+  const refused = sessionStorage.getItem(TOKEN) !== null;
+  showConnection("refused", "needs a token");
+  asking = new Promise((resolve) => {
+    const input = h("input", {
+      id: "token",
+      name: "token",
+      type: "password",
+      autocomplete: "off",
+      spellcheck: "false",
+      required: true,
+    });
+    const form = h(
+      "form",
+      { class: "token-form" },
+      h("h1", {}, "This controller asks for a token"),
+      h(
+        "p",
+        {},
+        refused ? "That token was not accepted. " : "",
+        "A token with the read scope shows this page. It is kept in this tab only, until you close it.",
+      ),
+      h("label", { for: "token" }, "Token"),
+      input,
+      h("button", { type: "submit" }, "Show runs"),
+      h("p", { class: "quiet" }, "New token: ", h("code", {}, "gns-controller token create --scope read")),
+    );
+    const veil = h("div", { class: "veil", role: "dialog", "aria-modal": "true", "aria-label": "Token" }, form);
+    form.addEventListener("submit", (submitted) => {
+      submitted.preventDefault();
+      const token = input.value.trim();
+      if (!token) return;
+      sessionStorage.setItem(TOKEN, token);
+      veil.remove();
+      asking = null;
+      showConnection("connecting");
+      resolve();
+    });
+    if (problem?.detail) form.querySelector("p").title = problem.detail;
+    document.body.append(veil);
+    input.focus();
+  });
+  return asking;
+}

@@ -1,0 +1,389 @@
+// The four charts of a run: one x axis, one cursor, one ink per quantity.
+
+import { h, setText } from "./dom.js";
+import * as format from "./format.js";
+
+/* global uPlot */
+
+const LINKED = "run";
+const HEIGHT = 230;
+
+/** What the x axis can count. */
+export const CLOCKS = {
+  samples: { label: "samples", of: (point) => point.samples },
+  tokens: { label: "tokens", of: (point, tokens) => point.samples * tokens },
+  steps: { label: "optimizer steps", of: (point) => point.step },
+};
+
+const CHARTS = [
+  {
+    key: "noise",
+    title: "Noise scale",
+    unit: "samples, log scale",
+    log: 10,
+    about:
+      "Noise over signal of the gradient in the optimizer's own norm, smoothed: roughly the batch beyond which more " +
+      "samples per step stop paying. The ceiling is the largest value this estimator could tell from pure noise at " +
+      "this batch. Where the ground is shaded the reading is unresolved: all it says is at least about the present batch.",
+    series: [
+      { key: "noise", label: "noise scale", ink: "noise", width: 2, show: format.compact },
+      { key: "ceiling", label: "ceiling", ink: "ceiling", dash: [6, 5], width: 1.5, show: format.compact },
+      { key: "batch", label: "batch", ink: "batch", width: 1, stairs: true, show: format.whole },
+    ],
+    shade: (point) => point.unresolved,
+  },
+  {
+    key: "batch",
+    title: "Global batch size",
+    unit: "samples per optimizer step, log scale",
+    log: 2,
+    about:
+      "Samples per optimizer step over all ranks, as the trainer reported it. It changes only at a step boundary, " +
+      "on every rank at once. In shadow mode the dotted line is what the policy asks for and nobody obeys.",
+    series: [
+      { key: "batch", label: "batch in force", ink: "batch", width: 2, stairs: true, show: format.whole },
+      {
+        key: "requested",
+        label: "asked for",
+        ink: "requested",
+        dash: [2, 4],
+        width: 1.5,
+        show: format.compact,
+        only: (specification) => specification.mode === "shadow",
+      },
+    ],
+  },
+  {
+    key: "rate",
+    title: "Learning-rate factor",
+    unit: "multiple of the scheduled learning rate",
+    about:
+      "What the batch change does to the learning rate, on top of your own schedule. 1 means as you set it; with the " +
+      "square-root coupling a batch four times as large doubles it.",
+    series: [{ key: "factor", label: "factor", ink: "rate", width: 2, stairs: true, show: format.factor }],
+  },
+  {
+    key: "loss",
+    title: "Loss",
+    unit: "as the trainer reports it",
+    about:
+      "Mean training loss since the last report, and validation loss where the trainer sends one. A gap with a cross " +
+      "below it is a loss that was not finite.",
+    series: [
+      { key: "loss", label: "training", ink: "loss", width: 1.5, show: format.loss, gaps: true },
+      { key: "validation", label: "validation", ink: "validation", points: true, show: format.loss },
+    ],
+    crosses: (point) => point.loss !== null && !Number.isFinite(point.loss),
+  },
+];
+
+/** All four charts in one grid. `update(history)` redraws them; nothing is drawn more often than a frame. */
+export class Charts {
+  constructor(specification) {
+    this.specification = specification;
+    this.clock = "samples";
+    this.points = [];
+    this.zoomed = false;
+    this.element = h("div", { class: "charts" });
+    this.panels = CHARTS.map((chart) => new Panel(chart, this));
+    this.element.append(...this.panels.map((panel) => panel.element));
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.rebuild());
+    new ResizeObserver(() => this.resize()).observe(this.element);
+  }
+
+  setClock(clock) {
+    this.clock = clock;
+    this.zoomed = false;
+    this.rebuild();
+  }
+
+  rebuild() {
+    for (const panel of this.panels) panel.build();
+  }
+
+  resetZoom() {
+    this.zoomed = false;
+    for (const panel of this.panels) panel.draw();
+  }
+
+  resize() {
+    for (const panel of this.panels) panel.resize();
+  }
+
+  update(points) {
+    this.points = points;
+    const clock = CLOCKS[this.clock];
+    const tokens = this.specification.tokens_per_sample ?? 1;
+    this.x = points.map((point) => clock.of(point, tokens));
+    for (const panel of this.panels) panel.draw();
+  }
+}
+
+class Panel {
+  constructor(chart, charts) {
+    this.chart = chart;
+    this.charts = charts;
+    this.series = chart.series.filter((series) => !series.only || series.only(charts.specification));
+    this.values = this.series.map(() => h("strong", { class: "value" }, "–"));
+    this.canvas = h("div", { class: "plot", role: "img" });
+    this.waiting = h("p", { class: "waiting" }, "No measurement yet");
+    this.note = h("span", { class: "note" });
+    const about = `about-${chart.key}`;
+    this.element = h(
+      "section",
+      { class: "card chart", "aria-labelledby": `title-${chart.key}`, dataset: { chart: chart.key } },
+      h(
+        "div",
+        { class: "chart-head" },
+        h("h2", { id: `title-${chart.key}` }, chart.title),
+        h("span", { class: "unit" }, chart.unit),
+        h(
+          "details",
+          { class: "about", id: about },
+          h("summary", { "aria-label": `What ${chart.title.toLowerCase()} means` }, "?"),
+          h("p", {}, chart.about),
+        ),
+      ),
+      h(
+        "ul",
+        { class: "legend" },
+        ...this.series.map((series, index) =>
+          h(
+            "li",
+            {},
+            h("span", { class: `swatch ${series.ink}-swatch`, "aria-hidden": "true" }),
+            h("span", {}, series.label),
+            this.values[index],
+          ),
+        ),
+        h("li", {}, this.note),
+      ),
+      h("div", { class: "plot-frame" }, this.canvas, this.waiting),
+    );
+  }
+
+  build() {
+    this.plot?.destroy();
+    this.plot = null;
+    this.draw();
+  }
+
+  width() {
+    return Math.max(240, Math.floor(this.canvas.clientWidth));
+  }
+
+  resize() {
+    if (this.plot && this.plot.width !== this.width()) this.plot.setSize({ width: this.width(), height: HEIGHT });
+  }
+
+  draw() {
+    const { points, x } = this.charts;
+    this.waiting.hidden = points.length > 0;
+    if (points.length > 0) {
+      const data = [x, ...this.series.map((series) => points.map((point) => valueOf(series, point)))];
+      if (this.plot) {
+        const kept = this.charts.zoomed ? { ...this.plot.scales.x } : null;
+        this.plot.setData(data, !kept);
+        if (kept) this.plot.setScale("x", { min: kept.min, max: kept.max });
+      } else {
+        this.plot = new uPlot(this.options(), data, this.canvas);
+      }
+    }
+    this.readOut(null);
+  }
+
+  /** The legend: values under the cursor, or the latest. */
+  readOut(index) {
+    const { points } = this.charts;
+    const latest = index === null || index === undefined;
+    this.series.forEach((series, place) => {
+      const value = latest ? latestOf(points, series.key) : points[index]?.[series.key];
+      setText(this.values[place], series.show(value ?? null));
+    });
+    const point = latest ? points.at(-1) : points[index];
+    const words = [];
+    if (point && this.chart.shade?.(point)) words.push(`unresolved: at least about ${format.compact(point.batch)}`);
+    if (point && this.chart.crosses?.(point)) words.push("not finite");
+    setText(this.note, words.join(", "));
+    if (!latest) return;
+    const spoken = this.series.map((series, place) => `${series.label} ${this.values[place].textContent}`);
+    this.canvas.setAttribute("aria-label", `${this.chart.title}, latest: ${[...spoken, ...words].join(", ")}`);
+  }
+
+  options() {
+    const style = getComputedStyle(document.documentElement);
+    const ink = (name) => style.getPropertyValue(`--${name}`).trim();
+    const chart = this.chart;
+    const clock = CLOCKS[this.charts.clock];
+    const font = `12px ${style.getPropertyValue("--sans").trim()}`;
+    const axis = {
+      stroke: ink("quiet"),
+      font,
+      grid: { stroke: ink("grid"), width: 1 },
+      ticks: { show: false },
+    };
+    return {
+      width: this.width(),
+      height: HEIGHT,
+      padding: [8, 12, 0, 0],
+      legend: { show: false },
+      cursor: { sync: { key: LINKED }, y: false, points: { size: 7 }, drag: { x: true, y: false } },
+      scales: {
+        x: { time: false, range: (_, low, high) => (low === high ? [Math.max(0, low - 1), high + 1] : [low, high]) },
+        y: chart.log
+          ? { distr: 3, log: chart.log, range: (_, low, high) => logRange(low, high, chart.log) }
+          : { range: (_, low, high) => linearRange(low, high) },
+      },
+      axes: [
+        {
+          ...axis,
+          label: clock.label,
+          labelFont: font,
+          labelSize: 18,
+          size: 30,
+          space: 70,
+          values: (_, splits) => splits.map(format.compact),
+        },
+        {
+          ...axis,
+          size: 56,
+          space: 28,
+          ...(chart.log && {
+            splits: (plot, _, low, high) => logSplits(low, high, chart.log, plot.bbox.height / devicePixelRatio / 28),
+            filter: (_, splits) => splits,
+          }),
+          values: (_, splits) => splits.map(format.compact),
+        },
+      ],
+      series: [
+        {},
+        ...this.series.map((series) => ({
+          label: series.label,
+          stroke: ink(series.ink),
+          width: series.width ?? 0,
+          dash: series.dash,
+          ...(series.stairs && { paths: uPlot.paths.stepped({ align: -1 }) }),
+          ...(series.points && { paths: () => null }),
+          points: series.points
+            ? { show: true, size: 8, width: 2, stroke: ink(series.ink), fill: ink("card") }
+            : { show: (plot) => plot.data[0].length < 2, size: 6, fill: ink(series.ink) },
+        })),
+      ],
+      hooks: {
+        drawClear: [(plot) => this.shade(plot, ink("unresolved"), ink("unresolved-edge"))],
+        draw: [(plot) => this.cross(plot, ink("danger"))],
+        setCursor: [(plot) => this.readOut(plot.cursor.idx)],
+        setSelect: [
+          (plot) => {
+            if (plot.select.width > 0) this.charts.zoomed = true;
+            this.charts.onZoom?.();
+          },
+        ],
+        ready: [
+          (plot) =>
+            plot.over.addEventListener("dblclick", () => {
+              this.charts.zoomed = false;
+              this.charts.onZoom?.();
+            }),
+        ],
+      },
+    };
+  }
+
+  /** Shade the stretches where the reading is unresolved. */
+  shade(plot, fill, edge) {
+    if (!this.chart.shade) return;
+    const { points, x } = this.charts;
+    const { left, top, width, height } = plot.bbox;
+    const context = plot.ctx;
+    context.save();
+    context.beginPath();
+    context.rect(left, top, width, height);
+    context.clip();
+    for (let start = 0; start < points.length; start += 1) {
+      if (!this.chart.shade(points[start])) continue;
+      let end = start;
+      while (end + 1 < points.length && this.chart.shade(points[end + 1])) end += 1;
+      const from = plot.valToPos(x[Math.max(0, start - 1)], "x", true);
+      const to = Math.max(plot.valToPos(x[end], "x", true), from + 2);
+      context.fillStyle = fill;
+      context.fillRect(from, top, to - from, height);
+      context.fillStyle = edge;
+      context.fillRect(from, top + height - 3 * devicePixelRatio, to - from, 3 * devicePixelRatio);
+      start = end;
+    }
+    context.restore();
+  }
+
+  /** A small cross at the foot of the chart for each loss that was not finite. */
+  cross(plot, stroke) {
+    if (!this.chart.crosses) return;
+    const { points, x } = this.charts;
+    const { left, top, width, height } = plot.bbox;
+    const context = plot.ctx;
+    const arm = 4 * devicePixelRatio;
+    const y = top + height - 2.5 * arm;
+    context.save();
+    context.strokeStyle = stroke;
+    context.lineWidth = 1.5 * devicePixelRatio;
+    points.forEach((point, index) => {
+      if (!this.chart.crosses(point)) return;
+      const at = plot.valToPos(x[index], "x", true);
+      if (at < left || at > left + width) return;
+      context.beginPath();
+      context.moveTo(at - arm, y - arm);
+      context.lineTo(at + arm, y + arm);
+      context.moveTo(at + arm, y - arm);
+      context.lineTo(at - arm, y + arm);
+      context.stroke();
+    });
+    context.restore();
+  }
+}
+
+/** What uPlot draws: null is a gap, undefined is nothing to draw and the line goes on. */
+function valueOf(series, point) {
+  const value = point[series.key];
+  if (value === null || value === undefined) return series.gaps ? undefined : null;
+  return Number.isFinite(value) ? value : null;
+}
+
+function latestOf(points, key) {
+  if (key !== "validation") return points.at(-1)?.[key];
+  for (let index = points.length - 1; index >= 0; index -= 1) {
+    if (points[index][key] !== null) return points[index][key];
+  }
+  return null;
+}
+
+function logRange(low, high, base) {
+  if (low === null || high === null) return [1, base ** 3];
+  const power = (value) => Math.log(value) / Math.log(base);
+  const room = base === 2 ? 0.5 : 0.12;
+  let [from, to] = [power(low) - room, power(high) + room];
+  const least = base === 2 ? 2 : 1;
+  if (to - from < least) [from, to] = [from - (least - to + from) / 2, to + (least - to + from) / 2];
+  return [base ** from, base ** to];
+}
+
+function linearRange(low, high) {
+  if (low === null || high === null) return [0, 1];
+  const room = (high - low) * 0.12 || Math.abs(high) * 0.25 || 1;
+  return [low - room, high + room];
+}
+
+/** Powers of the base, thinned to what fits; 1-2-5 where a decade has room. */
+function logSplits(low, high, base, fits) {
+  const first = Math.floor(Math.log(low) / Math.log(base));
+  const last = Math.ceil(Math.log(high) / Math.log(base));
+  const every = Math.max(1, Math.ceil((last - first) / Math.max(2, fits)));
+  const within = base === 10 && (last - first) * 3 <= Math.max(6, fits) ? [1, 2, 5] : [1];
+  const splits = [];
+  for (let power = first; power <= last; power += every) {
+    for (const digit of within) {
+      const value = digit * base ** power;
+      if (value >= low && value <= high) splits.push(value);
+    }
+  }
+  return splits;
+}
