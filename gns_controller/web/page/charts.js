@@ -252,7 +252,7 @@ class Panel {
             splits: (plot, _, low, high) => logSplits(low, high, chart.log, plot.bbox.height / devicePixelRatio / 28),
             filter: (_, splits) => splits,
           }),
-          values: (_, splits) => splits.map(format.compact),
+          values: (_, splits) => splits.map(chart.log === 2 ? format.power : format.compact),
         },
       ],
       series: [
@@ -377,7 +377,7 @@ function logSplits(low, high, base, fits) {
   const first = Math.floor(Math.log(low) / Math.log(base));
   const last = Math.ceil(Math.log(high) / Math.log(base));
   const every = Math.max(1, Math.ceil((last - first) / Math.max(2, fits)));
-  const within = base === 10 && (last - first) * 3 <= Math.max(6, fits) ? [1, 2, 5] : [1];
+  const within = base === 10 && Math.log10(high / low) * 3 <= fits + 1 ? [1, 2, 5] : [1];
   const splits = [];
   for (let power = first; power <= last; power += every) {
     for (const digit of within) {

@@ -43,6 +43,11 @@ function trim(digits) {
   return digits.includes(".") && !digits.includes("e") ? digits.replace(/\.?0+$/, "") : digits;
 }
 
+/** A tick on an axis of powers of two: 2,048, not 2.05k. */
+export function power(value) {
+  return value >= 1 && value < 1e6 ? whole(value) : compact(value);
+}
+
 /** A loss: four decimals, or the word for what it became. */
 export function loss(value) {
   const read = number(value);
