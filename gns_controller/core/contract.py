@@ -6,7 +6,6 @@ A measurement says what happened, so NaN and infinity are legal in it: the strin
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -41,6 +40,9 @@ RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 SATURATED_RESOLUTION = 0.7
 """A rank_variance reading above this share of its ceiling says "at least", not "equal to"."""
+
+_LARGEST_AVERAGED = 1e150
+"""Squares of such readings, and differences of them, still fit a float64."""
 
 Count = Annotated[int, Field(ge=0, le=2**62)]
 PositiveCount = Annotated[int, Field(ge=1, le=2**62)]
@@ -123,8 +125,8 @@ class GroupReading(FrozenModel):
 
     @property
     def is_finite(self) -> bool:
-        """Whether a policy may look at it."""
-        return math.isfinite(self.noise_sq) and math.isfinite(self.signal_sq)
+        """Whether a policy may look at it: a number whose square is one, too, because averages keep their spread."""
+        return abs(self.noise_sq) < _LARGEST_AVERAGED and abs(self.signal_sq) < _LARGEST_AVERAGED
 
 
 class NoiseScaleMeasurement(FrozenModel):

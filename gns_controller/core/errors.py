@@ -65,8 +65,13 @@ class RunConflictError(RunError):
     """The run exists with another specification; both are kept for the caller to see."""
 
     def __init__(self, run_id: str, *, registered: dict[str, object], requested: dict[str, object]) -> None:
+        different = sorted(key for key in {*registered, *requested} if registered.get(key) != requested.get(key))
+        shown = "; ".join(
+            f"{key}: registered {registered.get(key)}, requested {requested.get(key)}" for key in different
+        )
         super().__init__(
-            f"run {run_id!r} exists with another specification; choose another name or send the registered one."
+            f"run {run_id!r} exists with another specification ({shown}). "
+            "Choose another name or send the registered specification."
         )
         self.run_id = run_id
         self.registered = registered

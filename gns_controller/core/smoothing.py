@@ -53,10 +53,12 @@ class SignedAverage(FrozenModel):
 
     @property
     def standard_error(self) -> float:
-        """Standard deviation of `mean`; infinite after one value."""
+        """Standard deviation of `mean`; infinite as long as it rests on one value."""
         if self.count < 2:
             return math.inf
         effective = self.sum_weights_sq
+        if effective >= 1:  # beta = 0: the average is the last value
+            return math.inf
         return math.sqrt(self.spread * effective / (1 - effective))
 
 

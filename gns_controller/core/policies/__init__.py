@@ -14,7 +14,7 @@ from pydantic import Field
 from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import Decision, NoiseScaleMeasurement
 from gns_controller.core.policies import hold, noise_scale, stages
-from gns_controller.core.policies.fold import PolicyState, Proposal, adopt, conclude, initial_plan, observe
+from gns_controller.core.policies.fold import PolicyState, Proposal, adopt, conclude, initial_plan, observe, plan_for
 from gns_controller.core.policies.hold import HoldPolicyConfig
 from gns_controller.core.policies.noise_scale import NoiseScalePolicyConfig
 from gns_controller.core.policies.stages import Stage, StagesPolicyConfig
@@ -29,6 +29,7 @@ __all__ = [
     "decide",
     "initial_plan",
     "initial_state",
+    "plan_for",
 ]
 
 AnyPolicyConfig = Annotated[

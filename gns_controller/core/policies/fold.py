@@ -64,26 +64,41 @@ class Proposal(NamedTuple):
     """What the rule asked for before limits, where that is a number."""
 
 
+def plan_for(
+    rules: BatchRules, batch_size: int, *, data_parallel_size: int, version: int, effective_step: int
+) -> BatchPlan:
+    """A reachable batch as a plan: cut into micro-batches, coupled to the learning rate.
+
+    Raises:
+        BatchShapeError: these ranks cannot make that batch.
+    """
+    shape = factor_batch(
+        batch_size,
+        micro_batch_size=rules.micro_batch_size,
+        data_parallel_size=data_parallel_size,
+        micro_batch_granularity=rules.micro_batch_granularity,
+    )
+    return BatchPlan(
+        version=version,
+        global_batch_size=shape.global_batch_size,
+        micro_batch_size=shape.micro_batch_size,
+        gradient_accumulation_steps=shape.gradient_accumulation_steps,
+        learning_rate_factor=learning_rate_factor(
+            rules.learning_rate_coupling,
+            global_batch_size=shape.global_batch_size,
+            initial_batch_size=rules.global_batch_size,
+        ),
+        effective_step=effective_step,
+    )
+
+
 def initial_plan(rules: BatchRules, *, data_parallel_size: int) -> BatchPlan:
     """Version 0: the specification's batch, in force from the first step.
 
     Raises:
         BatchShapeError: these ranks cannot make that batch.
     """
-    shape = factor_batch(
-        rules.global_batch_size,
-        micro_batch_size=rules.micro_batch_size,
-        data_parallel_size=data_parallel_size,
-        micro_batch_granularity=rules.micro_batch_granularity,
-    )
-    return BatchPlan(
-        version=0,
-        global_batch_size=shape.global_batch_size,
-        micro_batch_size=shape.micro_batch_size,
-        gradient_accumulation_steps=shape.gradient_accumulation_steps,
-        learning_rate_factor=1.0,
-        effective_step=0,
-    )
+    return plan_for(rules, rules.global_batch_size, data_parallel_size=data_parallel_size, version=0, effective_step=0)
 
 
 def adopt(state: PolicyState, measurement: NoiseScaleMeasurement, *, rules: BatchRules) -> PolicyState:
@@ -161,7 +176,13 @@ def conclude(
         if reachable == previous.global_batch_size:
             reason = "hold_below_deadband" if reason in ("grow", "shrink", "capped_growth") else reason
         else:
-            plan = _plan_for(reachable, previous, measurement, rules)
+            plan = plan_for(
+                rules,
+                reachable,
+                data_parallel_size=measurement.data_parallel_size,
+                version=max(previous.version, measurement.plan_version) + 1,
+                effective_step=measurement.optimizer_step + rules.decision_delay_steps,
+            )
             state = state.model_copy(
                 update={
                     "plan": plan,
@@ -191,27 +212,6 @@ def conclude(
         plan=plan,
     )
     return state, decision
-
-
-def _plan_for(batch_size: int, previous: BatchPlan, measurement: NoiseScaleMeasurement, rules: BatchRules) -> BatchPlan:
-    shape = factor_batch(
-        batch_size,
-        micro_batch_size=rules.micro_batch_size,
-        data_parallel_size=measurement.data_parallel_size,
-        micro_batch_granularity=rules.micro_batch_granularity,
-    )
-    return BatchPlan(
-        version=max(previous.version, measurement.plan_version) + 1,
-        global_batch_size=shape.global_batch_size,
-        micro_batch_size=shape.micro_batch_size,
-        gradient_accumulation_steps=shape.gradient_accumulation_steps,
-        learning_rate_factor=learning_rate_factor(
-            rules.learning_rate_coupling,
-            global_batch_size=shape.global_batch_size,
-            initial_batch_size=rules.global_batch_size,
-        ),
-        effective_step=measurement.optimizer_step + rules.decision_delay_steps,
-    )
 
 
 def _finite_or_none(value: float | None) -> float | None:

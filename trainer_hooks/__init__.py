@@ -1,0 +1,15 @@
+"""Measure the gradient noise scale of a torchrun job in its optimizer's norm, and follow the plan it leads to."""
+
+from gns_controller.core.errors import MissingDependencyError
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError:
+    raise MissingDependencyError(
+        "trainer_hooks needs PyTorch: pip install 'gns-controller[trainer]' (on CPU: pip install torch==2.13.0)."
+    ) from None
+
+from trainer_hooks.batching import warmup_cosine
+from trainer_hooks.session import AdaptiveBatch
+
+__all__ = ["AdaptiveBatch", "warmup_cosine"]

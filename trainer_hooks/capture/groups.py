@@ -1,0 +1,113 @@
+"""Which parameters are measured together, and in which geometry."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gns_controller.core.contract import Geometry, ParameterGroup
+from gns_controller.core.errors import GeometryError
+
+GEOMETRY_OF_OPTIMIZER: dict[str, Geometry] = {
+    "Muon": "spectral",
+    "Shampoo": "spectral",
+    "DistributedShampoo": "spectral",
+    "SOAP": "spectral",
+    "Signum": "sign",
+    "Lion": "sign",
+    "Adam": "sign",
+    "AdamW": "sign",
+    "NAdam": "sign",
+    "RAdam": "sign",
+    "SGD": "euclidean",
+}
+"""By class name, so that nothing has to be imported. A spectral optimizer measures its 2-D parameters; the rest of its
+parameters are measured as sign."""
+
+DEFAULT_EXCLUDE = r"(^|\.)(tok_emb|wte|wpe|embed\w*|lm_head|head|output)(\.|$)"
+"""Embeddings and heads, where they share a model with spectral groups: their rows are seen by few samples each."""
+
+
+@dataclass(frozen=True)
+class MeasuredGroup:
+    """Parameters that share a geometry and one optimizer class."""
+
+    name: str
+    geometry: Geometry
+    optimizer: str
+    parameters: tuple[Tensor, ...]
+    param_groups: tuple[dict[str, Any], ...]
+    """The torch param groups they live in; the first one's lr is reported."""
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the parameters, in order."""
+        return [tuple(parameter.shape) for parameter in self.parameters]
+
+    def description(self) -> ParameterGroup:
+        """For the run's specification."""
+        return ParameterGroup(
+            name=self.name,
+            geometry=self.geometry,
+            optimizer=self.optimizer,
+            num_tensors=len(self.parameters),
+            num_parameters=sum(parameter.numel() for parameter in self.parameters),
+        )
+
+
+def find_groups(
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    geometries: Mapping[str, Geometry] | None = None,
+    exclude: str = DEFAULT_EXCLUDE,
+) -> list[MeasuredGroup]:
+    """Sort a model's trained parameters into groups, spectral ones first.
+
+    Args:
+        model: for the names that `exclude` looks at; a DDP wrapper's "module." prefix is ignored.
+        optimizers: whose parameters are measured; each parameter's geometry follows from its optimizer's class.
+        geometries: class name -> geometry, for optimizers we do not know or to overrule what we know.
+        exclude: regular expression; parameters whose name it finds are not measured, if a spectral group exists.
+
+    Raises:
+        GeometryError: an optimizer of unknown geometry, or nothing left to measure.
+    """
+    known = GEOMETRY_OF_OPTIMIZER | dict(geometries or {})
+    names = {id(parameter): name.removeprefix("module.") for name, parameter in model.named_parameters()}
+    found: dict[tuple[str, Geometry], tuple[list[Tensor], list[dict[str, Any]]]] = {}
+    for optimizer in optimizers:
+        kind = type(optimizer).__name__
+        if kind not in known:
+            raise GeometryError(
+                f"the geometry of optimizer {kind} is not known; pass geometries={{{kind!r}: 'sign'}} "
+                "(or 'euclidean', 'spectral')."
+            )
+        for param_group in optimizer.param_groups:
+            for parameter in param_group["params"]:
+                if not parameter.requires_grad:
+                    continue
+                geometry = known[kind]
+                if geometry == "spectral" and parameter.ndim != 2:
+                    geometry = "sign"
+                parameters, param_groups = found.setdefault((kind, geometry), ([], []))
+                parameters.append(parameter)
+                if not any(param_group is seen for seen in param_groups):
+                    param_groups.append(param_group)
+    composite = any(geometry == "spectral" for _, geometry in found)
+    groups: list[MeasuredGroup] = []
+    for (kind, geometry), (parameters, param_groups) in found.items():
+        if composite and geometry != "spectral":
+            parameters = [p for p in parameters if not re.search(exclude, names.get(id(p), ""))]
+        if parameters:
+            label = "matrices" if geometry == "spectral" else "others" if composite else "all"
+            name = label if label not in {group.name for group in groups} else f"{label}-{kind}"
+            groups.append(MeasuredGroup(name, geometry, kind, tuple(parameters), tuple(param_groups)))
+    if not groups:
+        raise GeometryError("no trained parameter is left to measure; check requires_grad and exclude.")
+    return sorted(groups, key=lambda group: group.geometry != "spectral")

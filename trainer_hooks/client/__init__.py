@@ -1,0 +1,8 @@
+"""Rank 0's way to decisions: the same policies in process, or a controller over HTTP with those as its fallback."""
+
+from trainer_hooks.client.connect import connect
+from trainer_hooks.client.http import HttpController
+from trainer_hooks.client.local import LocalController
+from trainer_hooks.client.protocol import Controller, DecisionSource, Verdict
+
+__all__ = ["Controller", "DecisionSource", "HttpController", "LocalController", "Verdict", "connect"]

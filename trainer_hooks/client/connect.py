@@ -1,0 +1,66 @@
+"""Rank 0 opens its client at attach; every rank learns whether it may go on."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+from gns_controller.core.errors import GnsError, InvalidInputError
+from gns_controller.core.policies import PolicyState
+from gns_controller.core.runs import Registration, RunSpecification
+from trainer_hooks.client.http import HttpController
+from trainer_hooks.client.local import LocalController
+from trainer_hooks.client.protocol import Controller
+from trainer_hooks.collectives import DataParallelGroup
+
+
+def connect(
+    *,
+    run_id: str,
+    specification: RunSpecification,
+    policy_state: PolicyState,
+    url: str | None,
+    token: str | None,
+    spool_directory: Path,
+    resume_step: int,
+    data_parallel: DataParallelGroup,
+    deadline_seconds: float,
+) -> Controller | None:
+    """Rank 0's client, None on the others. Call it on every rank.
+
+    Silence is no error: the run decides locally until the controller answers.
+
+    Raises:
+        RunConflictError, InvalidInputError: the controller refuses this run; raised on every rank, so that none trains
+            on alone.
+    """
+    client: Controller | None = None
+    problem: GnsError | None = None
+    if data_parallel.rank == 0:
+        if url is None:
+            client = LocalController(specification, policy_state)
+        else:
+            client = HttpController(
+                url=url,
+                run_id=run_id,
+                registration=Registration(
+                    specification=specification, incarnation=secrets.token_hex(16), resume_step=resume_step
+                ),
+                state=policy_state,
+                spool_directory=spool_directory,
+                token=token,
+            )
+            try:
+                client.wait_registered(deadline_seconds=deadline_seconds)
+            except GnsError as error:
+                problem = error
+                client.close(deadline_seconds=1.0)
+    message = {"ok": True} if problem is None else {"error": str(problem)[:2000]}
+    try:
+        data_parallel.broadcast_message(message if data_parallel.rank == 0 else None)
+    except GnsError as error:
+        if problem is None:
+            raise InvalidInputError(str(error)) from None
+    if problem is not None:
+        raise problem
+    return client

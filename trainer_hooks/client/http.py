@@ -1,0 +1,310 @@
+"""A controller over HTTP, from a background thread, that training never waits for beyond a deadline.
+
+The training thread hands measurements over and folds them with the local policy. The sender thread spools, registers
+and posts them in order. On silence the local verdict stands; during an outage nobody waits at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from gns_controller.core.contract import NoiseScaleMeasurement
+from gns_controller.core.errors import GnsError, InvalidInputError, RunConflictError, StaleAttemptError
+from gns_controller.core.policies import PolicyState
+from gns_controller.core.runs import IngestReply, Registration, RegistrationReply
+from trainer_hooks.client.local import LocalController
+from trainer_hooks.client.protocol import Verdict
+from trainer_hooks.client.spool import Spool, leftovers
+
+logger = logging.getLogger(__name__)
+
+_MAX_PER_REQUEST = 100
+_FIRST_RETRY_SECONDS = 0.5
+_LONGEST_RETRY_SECONDS = 30.0
+
+
+class _RefusedError(Exception):
+    """The controller understood and said no: trying again as it is would not help."""
+
+    def __init__(self, status: int, problem: dict[str, Any]) -> None:
+        super().__init__(f"HTTP {status}: {problem.get('detail') or problem.get('title') or 'no reason given'}")
+        self.status = status
+        self.problem = problem
+
+
+class HttpController:
+    """Reports to a controller and follows its plans; decides alone when it does not answer in time.
+
+    Args:
+        url: of the controller, with scheme: http://127.0.0.1:8000.
+        run_id: name of the run.
+        registration: specification and incarnation.
+        state: where the fold starts.
+        spool_directory: measurements wait here while the controller is away.
+        token: bearer token, if the controller asks for one.
+        timeout_seconds: for one request of the background thread.
+        transport: for tests: how requests travel.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        run_id: str,
+        registration: Registration,
+        state: PolicyState,
+        spool_directory: Path,
+        token: str | None = None,
+        timeout_seconds: float = 10.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._run_id = run_id
+        self._registration = registration
+        self._local = LocalController(registration.specification, state)
+        self._spool_directory = spool_directory
+        self._spool: Spool | None = None
+        self._http = httpx.Client(
+            base_url=url.rstrip("/"),
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=timeout_seconds,
+            transport=transport,
+            trust_env=False,
+        )
+        self._changed = threading.Condition()
+        self._unspooled: deque[NoiseScaleMeasurement] = deque()
+        self._unsent: deque[NoiseScaleMeasurement] = deque()
+        self._num_sent = 0
+        self._reply: IngestReply | None = None
+        self._answered_step = -1
+        self._attempt: int | None = None
+        self._refusal: GnsError | None = None
+        self._away = False
+        self._closing = False
+        self._retry_at = 0.0
+        self._retry_seconds = _FIRST_RETRY_SECONDS
+        self._thread = threading.Thread(target=self._send_forever, name="gns-sender", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> PolicyState:
+        """What the local policy remembers."""
+        return self._local.state
+
+    def wait_registered(self, *, deadline_seconds: float) -> None:
+        """Wait for the first answer, a refusal included; silence is not an error.
+
+        Raises:
+            RunConflictError: the name is taken by another specification.
+            InvalidInputError: the controller refuses this specification or token.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._attempt is not None or self._refusal is not None or self._away, deadline_seconds
+            )
+            if self._refusal is not None:
+                raise self._refusal
+
+    def report(self, measurement: NoiseScaleMeasurement) -> None:
+        """Fold locally, hand over to the sender."""
+        self._local.report(measurement)
+        with self._changed:
+            self._unspooled.append(measurement)
+            self._changed.notify_all()
+
+    def verdict(self, *, optimizer_step: int, deadline_seconds: float) -> Verdict:
+        """The controller's plan if its answer to that step is here in time, else the local one."""
+        local = self._local.verdict(optimizer_step=optimizer_step, deadline_seconds=0)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._answered_step >= optimizer_step or self._away or self._refusal is not None,
+                deadline_seconds,
+            )
+            reply = self._reply
+        if reply is None or reply.decision is None or reply.decision.optimizer_step != optimizer_step:
+            return local
+        if reply.plan != local.plan:
+            self._local.state = self._local.state.model_copy(update={"plan": reply.plan})
+        return Verdict(reply.plan, "controller", reply.decision)
+
+    def close(self, *, deadline_seconds: float) -> None:
+        """Flush, then end the thread. What could not be sent stays in the spool for the next incarnation."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(deadline_seconds)
+        left = len(self._unspooled) + len(self._unsent)
+        if left:
+            logger.warning(
+                "measurements stay in the spool until this run is attached again: run_id=%s count=%d directory=%s",
+                self._run_id,
+                left,
+                self._spool_directory,
+            )
+
+    def _send_forever(self) -> None:
+        spool = Spool(self._spool_directory, run_id=self._run_id, registration=self._registration)
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._has_work, self._seconds_until_retry())
+                fresh = list(self._unspooled)
+                self._unspooled.clear()
+                closing = self._closing
+            for measurement in fresh:
+                spool.append(measurement)
+                self._unsent.append(measurement)
+            if self._refusal is None and (closing or time.monotonic() >= self._retry_at):
+                self._try_to_send(spool)
+            if closing:
+                if not self._unsent:
+                    spool.remove()
+                return
+
+    def _has_work(self) -> bool:
+        owing = self._refusal is None and (self._attempt is None or bool(self._unsent))
+        return self._closing or bool(self._unspooled) or (owing and time.monotonic() >= self._retry_at)
+
+    def _seconds_until_retry(self) -> float | None:
+        if self._refusal is not None or (self._attempt is not None and not self._unsent):
+            return None
+        return max(self._retry_at - time.monotonic(), 0.0)
+
+    def _try_to_send(self, spool: Spool) -> None:
+        try:
+            if self._attempt is None:
+                self._send_leftovers()
+                self._set_attempt(self._register(self._registration))
+            while self._unsent:
+                batch = [self._unsent[i] for i in range(min(len(self._unsent), _MAX_PER_REQUEST))]
+                assert self._attempt is not None
+                reply = self._post(batch, attempt=self._attempt)
+                for _ in batch:
+                    self._unsent.popleft()
+                self._num_sent += len(batch)
+                spool.mark_sent(self._num_sent)
+                self._take_reply(reply, optimizer_step=batch[-1].optimizer_step)
+        except _RefusedError as refusal:
+            self._take_refusal(refusal)
+        except (httpx.HTTPError, ValueError) as error:
+            self._note_away(error)
+        else:
+            self._note_back()
+
+    def _send_leftovers(self) -> None:
+        for leftover in leftovers(
+            self._spool_directory, run_id=self._run_id, except_incarnation=self._registration.incarnation
+        ):
+            try:
+                attempt = self._register(leftover.registration)
+                measurements = leftover.measurements
+                for start in range(0, len(measurements), _MAX_PER_REQUEST):
+                    self._post(measurements[start : start + _MAX_PER_REQUEST], attempt=attempt)
+            except _RefusedError as refusal:
+                logger.warning("controller refuses an old spool, set aside: path=%s reason=%s", leftover.path, refusal)
+                leftover.set_aside()
+            else:
+                leftover.remove()
+
+    def _register(self, registration: Registration) -> int:
+        response = self._http.put(
+            f"/api/v1/runs/{self._run_id}",
+            content=registration.model_dump_json(),
+            headers={"Content-Type": "application/json"},
+        )
+        _raise_unless_accepted(response)
+        return RegistrationReply.model_validate_json(response.content).attempt
+
+    def _post(self, batch: Sequence[NoiseScaleMeasurement], *, attempt: int) -> IngestReply | None:
+        """Send measurements in order; a single one that the controller cannot take is left out with a log line."""
+        lines = [m.model_copy(update={"attempt": attempt}).model_dump_json() for m in batch]
+        response = self._http.post(
+            f"/api/v1/runs/{self._run_id}/measurements",
+            content=f'{{"measurements":[{",".join(lines)}]}}',
+            headers={"Content-Type": "application/json"},
+        )
+        if response.status_code in (400, 413, 422):
+            if len(batch) > 1:
+                middle = len(batch) // 2
+                first = self._post(batch[:middle], attempt=attempt)
+                return self._post(batch[middle:], attempt=attempt) or first
+            logger.error(
+                "controller cannot take this measurement, left out: run_id=%s optimizer_step=%d status=%d",
+                self._run_id,
+                batch[0].optimizer_step,
+                response.status_code,
+            )
+            return None
+        _raise_unless_accepted(response)
+        return IngestReply.model_validate_json(response.content)
+
+    def _set_attempt(self, attempt: int) -> None:
+        with self._changed:
+            self._attempt = attempt
+            self._changed.notify_all()
+
+    def _take_reply(self, reply: IngestReply | None, *, optimizer_step: int) -> None:
+        with self._changed:
+            self._answered_step = optimizer_step
+            self._reply = reply or self._reply
+            self._changed.notify_all()
+
+    def _take_refusal(self, refusal: _RefusedError) -> None:
+        if refusal.status == 404:
+            self._attempt = None
+            self._note_away(refusal)
+            return
+        with self._changed:
+            self._refusal = _error_for(refusal, run_id=self._run_id, attempt=self._attempt)
+            self._changed.notify_all()
+        logger.error("controller refuses this run, deciding locally from now on: %s", self._refusal)
+
+    def _note_away(self, error: Exception) -> None:
+        if not self._away:
+            logger.warning(
+                "controller away, deciding locally and spooling: run_id=%s url=%s error=%s",
+                self._run_id,
+                self._http.base_url,
+                error or type(error).__name__,
+            )
+        with self._changed:
+            self._away = True
+            self._retry_at = time.monotonic() + self._retry_seconds * random.uniform(0.5, 1.0)
+            self._retry_seconds = min(2 * self._retry_seconds, _LONGEST_RETRY_SECONDS)
+            self._changed.notify_all()
+
+    def _note_back(self) -> None:
+        if self._away:
+            logger.warning("controller back, spool sent: run_id=%s", self._run_id)
+        with self._changed:
+            self._away, self._retry_at, self._retry_seconds = False, 0.0, _FIRST_RETRY_SECONDS
+
+
+def _raise_unless_accepted(response: httpx.Response) -> None:
+    """Our service's word is final below 500; anything else, a proxy's page included, is an outage."""
+    if response.is_success:
+        return
+    is_problem = response.headers.get("content-type", "").startswith("application/problem+json")
+    if response.status_code < 500 and response.status_code != 429 and is_problem:
+        raise _RefusedError(response.status_code, response.json())
+    response.raise_for_status()
+    raise httpx.HTTPError(f"unexpected answer {response.status_code}")
+
+
+def _error_for(refusal: _RefusedError, *, run_id: str, attempt: int | None) -> GnsError:
+    problem = refusal.problem
+    if "registered" in problem and "requested" in problem:
+        return RunConflictError(run_id, registered=problem["registered"], requested=problem["requested"])
+    if refusal.status == 409:
+        return StaleAttemptError(run_id, attempt=attempt or 0, current_attempt=problem.get("current_attempt", 0))
+    pointers = "; ".join(f"{e.get('pointer')}: {e.get('detail')}" for e in problem.get("errors", []))
+    return InvalidInputError(
+        f"the controller refuses run {run_id!r}: {refusal}{' (' + pointers + ')' if pointers else ''}"
+    )

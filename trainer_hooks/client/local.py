@@ -1,0 +1,52 @@
+"""The policies, in this process."""
+
+from __future__ import annotations
+
+from gns_controller.core.contract import Decision, NoiseScaleMeasurement
+from gns_controller.core.policies import PolicyState, decide
+from gns_controller.core.runs import RunSpecification
+from trainer_hooks.client.protocol import Verdict
+
+
+class LocalController:
+    """Folds every measurement with the policy of the specification; nothing leaves the process.
+
+    Args:
+        specification: of the run.
+        state: where the fold starts.
+    """
+
+    def __init__(self, specification: RunSpecification, state: PolicyState) -> None:
+        self._specification = specification
+        self._state = state
+        self._last: Decision | None = None
+
+    @property
+    def state(self) -> PolicyState:
+        """What the policy remembers."""
+        return self._state
+
+    @state.setter
+    def state(self, state: PolicyState) -> None:
+        self._state = state
+
+    def wait_registered(self, *, deadline_seconds: float) -> None:
+        """Nothing to wait for."""
+
+    def report(self, measurement: NoiseScaleMeasurement) -> None:
+        """Fold it."""
+        self._state, self._last = decide(
+            self._specification.policy,
+            self._state,
+            measurement,
+            rules=self._specification.batch,
+            follow_trainer=self._specification.mode == "active",
+        )
+
+    def verdict(self, *, optimizer_step: int, deadline_seconds: float) -> Verdict:
+        """The plan of the last measurement."""
+        assert self._last is not None
+        return Verdict(self._state.plan, "local", self._last)
+
+    def close(self, *, deadline_seconds: float) -> None:
+        """Nothing is left open."""

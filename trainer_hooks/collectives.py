@@ -1,0 +1,93 @@
+"""The only module that communicates. Every function here is called by every data-parallel rank, on every path.
+
+No function can deadlock by itself: each issues the same collectives in the same order on all ranks, whatever the
+tensors hold and whoever failed before. A rank that dies is the process group's timeout and torchrun's business.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gns_controller.core.contract import BatchPlan
+from gns_controller.core.errors import GnsError, PlanDivergedError
+
+_MESSAGE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class DataParallelGroup:
+    """The ranks that see different samples, and how to reach them. A single process is a group of one."""
+
+    rank: int
+    size: int
+    device: torch.device
+    process_group: dist.ProcessGroup | None
+
+    @classmethod
+    def find(cls, device: torch.device, process_group: dist.ProcessGroup | None = None) -> DataParallelGroup:
+        """The given group, else the default one, else a group of one."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(rank=0, size=1, device=device, process_group=None)
+        return cls(dist.get_rank(process_group), dist.get_world_size(process_group), device, process_group)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.process_group)
+        return tensor
+
+    def broadcast_message(self, message: dict[str, Any] | None) -> dict[str, Any]:
+        """A small JSON object from rank 0 to all. Other ranks' argument is ignored."""
+        if self.size == 1:
+            assert message is not None
+            return message
+        buffer = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
+        if self.rank == 0:
+            encoded = json.dumps(message).encode()
+            if len(encoded) > _MESSAGE_BYTES:
+                encoded = json.dumps({"error": "the message to the other ranks is too long."}).encode()
+            buffer[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        buffer = buffer.to(self.device)
+        source = dist.get_global_rank(self.process_group, 0) if self.process_group is not None else 0
+        dist.broadcast(buffer, src=source, group=self.process_group)
+        received: dict[str, Any] = json.loads(bytes(buffer.cpu().tolist()).rstrip(b"\0"))
+        if "error" in received:
+            raise GnsError(received["error"])
+        return received
+
+
+def plan_checksum(plan: BatchPlan) -> int:
+    """CRC-32 of the plan's canonical JSON."""
+    return zlib.crc32(plan.model_dump_json().encode())
+
+
+def broadcast_plan(group: DataParallelGroup, *, current: BatchPlan, proposed: BatchPlan | None) -> BatchPlan:
+    """The plan that every rank obeys next. Rank 0 gives `proposed`; the others learn it.
+
+    Raises:
+        PlanDivergedError: this rank's current plan is not rank 0's. Raised after the collective, so nobody is left
+            waiting; training must stop, because ranks have used different batches.
+    """
+    assert group.rank != 0 or proposed is not None
+    message = None
+    if group.rank == 0 and proposed is not None:
+        message = {
+            "plan": proposed.model_dump(mode="json"),
+            "checksum": plan_checksum(proposed),
+            "current": plan_checksum(current),
+        }
+    received = group.broadcast_message(message)
+    plan = BatchPlan.model_validate(received["plan"])
+    if received["current"] != plan_checksum(current) or received["checksum"] != plan_checksum(plan):
+        raise PlanDivergedError(
+            f"rank {group.rank} holds plan version {current.version} (batch {current.global_batch_size}), "
+            f"which is not rank 0's. Stop the job and resume from the last checkpoint."
+        )
+    return plan

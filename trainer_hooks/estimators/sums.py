@@ -1,0 +1,67 @@
+"""What adds up over tensors and over shards, and how the sums become norms.
+
+    split          [||g_A - g_B||, ||g_A||, ||g_B||, <p(g_A), g_B>, <p(g_B), g_A>]
+    rank_variance  [||sigma||, ||gbar||]
+
+l1 and nuclear norms add over tensors as they are. The euclidean norm is that of all tensors as one vector, so its
+squares add: [||g_A - g_B||^2, ||g_A||^2, ||g_B||^2, <g_A, g_B>, 0] and [||sigma||^2, ||gbar||^2].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gns_controller.core.contract import Geometry
+
+NUM_SPLIT_SUMS = 5
+NUM_SPREAD_SUMS = 2
+
+
+class DualNorms(NamedTuple):
+    """() float64 tensors: dual norms, not squared."""
+
+    noise: Tensor
+    """Of the per-sample spread."""
+    signal: Tensor
+    """rank_variance: ||gbar||_*. split: (||g_A||_* + ||g_B||_*) / 2."""
+    progress: Tensor | None
+    """split: (<p(g_A), g_B> + <p(g_B), g_A>) / 2, signed."""
+
+
+def split_dual_norms(sums: Tensor, *, geometry: Geometry, num_samples_a: float, num_samples_b: float) -> DualNorms:
+    """Finish the split estimator from sums over all tensors.
+
+        noise = ||g_A - g_B||_* / sqrt(1/n_A + 1/n_B)
+
+    Args:
+        sums: (5,) float64.
+        geometry: which convention the sums follow.
+        num_samples_a: n_A, samples behind half A.
+        num_samples_b: n_B.
+
+    Bias: noise estimates sqrt(B) E||gbar - grad L||_* without bias for symmetric noise. progress is unbiased for
+        E<grad L, p(g)> at the half batch.
+    """
+    per_sample = (1 / num_samples_a + 1 / num_samples_b) ** -0.5
+    if geometry == "euclidean":
+        difference, norm_a, norm_b = sums[0].sqrt(), sums[1].sqrt(), sums[2].sqrt()
+        inner = sums[3]
+        progress = 0.5 * (_divide_or_zero(inner, norm_a) + _divide_or_zero(inner, norm_b))
+    else:
+        difference, norm_a, norm_b = sums[0], sums[1], sums[2]
+        progress = 0.5 * (sums[3] + sums[4])
+    return DualNorms(noise=difference * per_sample, signal=0.5 * (norm_a + norm_b), progress=progress)
+
+
+def spread_dual_norms(sums: Tensor, *, geometry: Geometry) -> DualNorms:
+    """Finish the rank_variance estimator from sums over all tensors: (2,) float64."""
+    if geometry == "euclidean":
+        sums = sums.sqrt()
+    return DualNorms(noise=sums[0], signal=sums[1], progress=None)
+
+
+def _divide_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator > 0, numerator / denominator.clamp_min(torch.finfo(torch.float64).tiny), 0.0)

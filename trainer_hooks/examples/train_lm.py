@@ -1,0 +1,344 @@
+"""Train a small language model on the standard library's source text, with or without batch ramps.
+
+torchrun --nproc-per-node 2 -m trainer_hooks.examples.train_lm --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gns_controller.core.contract import Decision, Span
+from gns_controller.core.errors import GnsError
+from gns_controller.core.policies import AnyPolicyConfig
+from trainer_hooks import AdaptiveBatch, warmup_cosine
+from trainer_hooks.examples.corpus import ByteSequences, read_standard_library
+from trainer_hooks.examples.llama import Llama, LlamaConfig, next_token_loss
+from trainer_hooks.optim import Muon, Signum
+
+DEFAULT_LEARNING_RATES = {"muon": 0.016, "adamw": 0.008, "signum": 0.001}
+"""Tuned at batch 16 on the demo's model and budget."""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line, with help that names unit, effect and default."""
+    parser = argparse.ArgumentParser(
+        prog="torchrun --nproc-per-node 2 -m trainer_hooks.examples.train_lm",
+        description="Train a byte-level Llama on the standard library's source text and follow a batch plan.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--run", default="train-lm", help="name of the run")
+    add("--controller", default=None, help="URL of the controller; without it the policy runs in this process")
+    add("--optimizer", choices=sorted(DEFAULT_LEARNING_RATES), default="muon", help="muon: matrices; AdamW: the rest")
+    add("--learning-rate", type=float, default=None, help="at --batch-size; default depends on the optimizer")
+    add("--batch-size", type=int, default=16, help="global batch at the start, samples per optimizer step")
+    add("--micro-batch-size", type=int, default=64, help="most samples per rank per backward pass")
+    add("--budget-samples", type=int, default=144_000, help="samples after which training ends")
+    add("--policy", default='{"policy": "hold"}', help="policy as JSON, or the path of a JSON file")
+    add("--measurement-interval-steps", type=int, default=None, help="optimizer steps between measurements")
+    add("--measurement-interval-samples", type=int, default=None, help="samples between measurements; default 400")
+    add("--estimators", default=None, help="comma-separated: split, rank_variance; default: the policy's")
+    add("--min-sample-groups", type=int, default=4, help="micro-batches of a measured step, over all ranks, at least")
+    add("--coupling", choices=["sqrt", "linear", "none"], default="sqrt", help="learning rate against batch")
+    add("--width", type=int, default=32, help="model width")
+    add("--layers", type=int, default=2, help="decoder blocks")
+    add("--heads", type=int, default=4, help="attention heads")
+    add("--context", type=int, default=32, help="bytes per sample")
+    add("--clip", type=float, default=None, help="largest gradient norm; default: none")
+    add("--seed", type=int, default=0, help="of weights and of the order of samples")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--shadow", action="store_true", help="report and record decisions, change nothing")
+    add("--evaluations", type=int, default=48, help="validation points over the run")
+    add("--validation-samples", type=int, default=4096, help="fixed windows behind each validation loss")
+    add("--corpus", type=Path, default=None, help="folder of .py files; default: the standard library")
+    add("--output", type=Path, default=None, help="JSON-lines file with losses and decisions, written by rank 0")
+    add(
+        "--checkpoint",
+        type=Path,
+        default=None,
+        help="save here at the end and every --checkpoint-steps; resume if it exists",
+    )
+    add("--checkpoint-steps", type=int, default=0, help="optimizer steps between checkpoints; 0: at the end only")
+    add("--spool-directory", type=Path, default=Path(".gns/spool"), help="where measurements wait during an outage")
+    add(
+        "--pace-seconds",
+        type=float,
+        default=0.0,
+        help="sleep this long per step, to watch a run or to imitate a larger model",
+    )
+    options = parser.parse_args(arguments)
+    if options.measurement_interval_steps and options.measurement_interval_samples:
+        parser.error("give --measurement-interval-steps or --measurement-interval-samples, not both.")
+    return options
+
+
+def build_optimizers(model: nn.Module, name: str, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon on the blocks' matrices and AdamW on the rest; or one optimizer for all."""
+    if name == "signum":
+        return [Signum(model.parameters(), lr=learning_rate, momentum=0.9)]
+    if name == "adamw":
+        return [torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)]
+    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "blocks." in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "blocks." not in n]
+    return [
+        Muon(hidden, lr=learning_rate),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+class Job:
+    """One training run on one rank."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
+        corpus = read_standard_library(options.corpus)
+        self.train = ByteSequences(corpus.train, context=options.context)
+        validation = ByteSequences(corpus.validation, context=options.context)
+        count = min(options.validation_samples, len(validation))
+        # Evenly spread over the files, each rank its own share.
+        chosen = torch.linspace(0, len(validation) - 1, count).long()[self.rank :: self.world_size]
+        self.validation = validation.__getitems__(chosen.tolist()).to(self.device)
+        torch.manual_seed(options.seed)
+        config = LlamaConfig(
+            width=options.width, num_layers=options.layers, num_heads=options.heads, context=options.context
+        )
+        model: nn.Module = Llama(config).to(self.device)
+        self.learning_rate = options.learning_rate or DEFAULT_LEARNING_RATES[options.optimizer]
+        self.optimizers = build_optimizers(model, options.optimizer, self.learning_rate)
+        self.plain_model = model
+        if self.world_size > 1:
+            model = DistributedDataParallel(model)
+        self.model = torch.compile(model) if options.compile else model
+        self.ddp_model = model
+        self.output = options.output.open("w") if options.output and self.rank == 0 else None
+        self.started_at = time.perf_counter()
+        self.training_seconds = 0.0
+        checkpoint = self._read_checkpoint()
+        self.session = self._attach(checkpoint)
+        self.record(
+            "start",
+            run=options.run,
+            corpus_sha256=corpus.sha256,
+            train_bytes=len(corpus.train),
+            validation_bytes=len(corpus.validation),
+            parameters=sum(p.numel() for p in self.plain_model.parameters()),
+            world_size=self.world_size,
+            attached=self.session.describe(),
+        )
+
+    def _attach(self, checkpoint: dict[str, Any] | None) -> AdaptiveBatch:
+        options = self.options
+        if options.measurement_interval_steps:
+            interval = Span(steps=options.measurement_interval_steps)
+        else:
+            interval = Span(samples=options.measurement_interval_samples or 400)
+        if checkpoint:
+            self.plain_model.load_state_dict(checkpoint["model"])
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        return AdaptiveBatch.attach(
+            self.ddp_model,
+            self.optimizers,
+            run=options.run,
+            controller=options.controller,
+            global_batch_size=options.batch_size,
+            micro_batch_size=options.micro_batch_size,
+            budget_samples=options.budget_samples,
+            policy=read_policy(options.policy),
+            measurement_interval=interval,
+            estimators=options.estimators.split(",") if options.estimators else None,
+            min_sample_groups=options.min_sample_groups,
+            learning_rate_coupling=options.coupling,
+            learning_rate_schedule=warmup_cosine(
+                budget_samples=options.budget_samples, warmup_samples=max(int(0.15 * options.budget_samples), 1)
+            ),
+            max_grad_norm=options.clip,
+            mode="shadow" if options.shadow else "active",
+            tokens_per_sample=options.context,
+            description=f"byte-level Llama, width {options.width}, {options.layers} layers, seed {options.seed}",
+            spool_directory=options.spool_directory,
+            state=checkpoint["session"] if checkpoint else None,
+            on_decision=self._record_decision,
+        )
+
+    def run(self) -> None:
+        """Train to the end of the budget."""
+        options, session = self.options, self.session
+        every = options.budget_samples / max(options.evaluations, 1)
+        next_evaluation = (session.samples_seen // every + 1) * every
+        train_loss: float | None = None
+        with progress_line(session, enabled=self.rank == 0 and sys.stderr.isatty()) as show:
+            for step in session.steps(self.train, collate_fn=as_batch, seed=options.seed):
+                began = time.perf_counter()
+                for windows in step:
+                    loss = next_token_loss(self.model, windows.to(self.device))
+                    step.backward(loss)
+                step.apply()
+                if options.pace_seconds:
+                    time.sleep(options.pace_seconds)
+                self.training_seconds += time.perf_counter() - began
+                ended = session.samples_seen + session.data_parallel.size > options.budget_samples
+                if session.samples_seen >= next_evaluation or ended:
+                    next_evaluation += every
+                    train_loss = float(loss.detach())
+                    self._evaluate(train_loss)
+                if options.checkpoint_steps and session.optimizer_step % options.checkpoint_steps == 0:
+                    self._save_checkpoint()
+                show(train_loss)
+        self._save_checkpoint()
+        self.record(
+            "end",
+            optimizer_steps=session.optimizer_step,
+            samples=session.samples_seen,
+            training_seconds=self.training_seconds,
+            seconds=time.perf_counter() - self.started_at,
+        )
+
+    def _evaluate(self, train_loss: float) -> None:
+        with torch.no_grad():
+            loss = next_token_loss(self.plain_model, self.validation).double()
+        weighted = torch.stack([loss * len(self.validation), torch.tensor(float(len(self.validation))).to(loss)])
+        if self.world_size > 1:
+            dist.all_reduce(weighted)
+        value = float(weighted[0] / weighted[1])
+        self.session.observe_validation_loss(value)
+        self.record(
+            "evaluation",
+            optimizer_step=self.session.optimizer_step,
+            samples=self.session.samples_seen,
+            validation_loss=value,
+            train_loss=train_loss,
+            global_batch_size=self.session.plan.global_batch_size,
+            training_seconds=self.training_seconds,
+        )
+
+    def _record_decision(self, decision: Decision, source: str) -> None:
+        self.record("decision", source=source, **decision.model_dump(mode="json"))
+
+    def record(self, kind: str, **fields: Any) -> None:
+        """One line of the output file; one printed line for what a person wants to see."""
+        if self.output is not None:
+            self.output.write(json.dumps({"kind": kind, **fields}) + "\n")
+            self.output.flush()
+        if self.rank == 0 and kind in ("start", "end"):
+            print(f"{kind}: " + " ".join(f"{name}={value}" for name, value in fields.items()), flush=True)
+
+    def _read_checkpoint(self) -> dict[str, Any] | None:
+        path = self.options.checkpoint
+        if path is None or not path.exists():
+            return None
+        checkpoint: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+        return checkpoint
+
+    def _save_checkpoint(self) -> None:
+        if self.options.checkpoint is None:
+            return
+        state = self.session.state_dict()
+        if self.rank != 0:
+            return
+        unfinished = self.options.checkpoint.with_suffix(".tmp")
+        torch.save(
+            {
+                "model": self.plain_model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "session": state,
+            },
+            unfinished,
+        )
+        unfinished.replace(self.options.checkpoint)
+
+    def close(self) -> None:
+        """Flush what is left for the controller."""
+        self.session.close()
+        if self.output is not None:
+            self.output.close()
+
+
+def as_batch(samples: Any) -> Tensor:
+    """`ByteSequences.__getitems__` gives whole micro-batches already."""
+    batch: Tensor = samples
+    return batch
+
+
+def read_policy(text: str) -> AnyPolicyConfig:
+    """Inline JSON, or the path of a file with it."""
+    content = text if text.lstrip().startswith("{") else Path(text).read_text()
+    policy: AnyPolicyConfig = TypeAdapter(AnyPolicyConfig).validate_json(content)
+    return policy
+
+
+@contextlib.contextmanager
+def progress_line(session: AdaptiveBatch, *, enabled: bool) -> Iterator[Any]:
+    """A line on the terminal: share of the budget, batch, loss, time left."""
+    began, begun_at, shown_at = time.perf_counter(), session.samples_seen, 0.0
+    budget = session.specification.budget_samples
+
+    def show(loss: float | None) -> None:
+        nonlocal shown_at
+        now = time.perf_counter()
+        if not enabled or now - shown_at < 0.2:
+            return
+        shown_at = now
+        done = session.samples_seen - begun_at
+        left = (budget - session.samples_seen) * (now - began) / max(done, 1)
+        text = "" if loss is None else f"  loss {loss:.3f}"
+        sys.stderr.write(
+            f"\r{session.samples_seen / budget:6.1%}  step {session.optimizer_step}"
+            f"  batch {session.plan.global_batch_size}{text}  {left:5.0f} s left   "
+        )
+        sys.stderr.flush()
+
+    try:
+        yield show
+    finally:
+        if enabled:
+            sys.stderr.write("\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0; 2 for a request that cannot be served, said in one sentence by rank 0."""
+    options = parse_arguments(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if "RANK" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        job = Job(options)
+        try:
+            job.run()
+        finally:
+            job.close()
+    except (GnsError, ValidationError, OSError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"train_lm: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

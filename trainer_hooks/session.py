@@ -1,0 +1,527 @@
+"""The one object a training loop holds.
+
+It knows which steps are measured, what every rank's micro-batches are, and which plan is in force. It ends each
+optimizer step: read, clip, step, learning rate, report, agree on the next plan.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
+
+from gns_controller.core.batch_arithmetic import BatchRules, LearningRateCoupling, floor_to_reachable
+from gns_controller.core.contract import (
+    BatchPlan,
+    Decision,
+    Estimator,
+    Geometry,
+    GroupReading,
+    NoiseScaleMeasurement,
+    Span,
+)
+from gns_controller.core.errors import InvalidInputError, TooFewGroupsError
+from gns_controller.core.policies import (
+    AnyPolicyConfig,
+    NoiseScalePolicyConfig,
+    PolicyState,
+    initial_state,
+    plan_for,
+)
+from gns_controller.core.runs import RunSpecification
+from trainer_hooks.batching import SampleStream
+from trainer_hooks.batching.schedule import LearningRateSchedule
+from trainer_hooks.capture import GradientCapture, MeasuredGroup, find_groups, read_groups
+from trainer_hooks.client import Controller, connect
+from trainer_hooks.collectives import DataParallelGroup, broadcast_plan
+from trainer_hooks.steps import Step
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SPOOL_DIRECTORY = ".gns/spool"
+
+
+class AdaptiveBatch:
+    """Measures, reports and applies batch plans. Make one with `attach`, on every rank."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        groups: Sequence[MeasuredGroup],
+        data_parallel: DataParallelGroup,
+        run_id: str,
+        specification: RunSpecification,
+        controller: Controller | None,
+        state: PolicyState,
+        estimators: Sequence[Estimator],
+        min_sample_groups: int,
+        learning_rate_schedule: LearningRateSchedule,
+        max_grad_norm: float | None,
+        decision_deadline_seconds: float,
+        on_decision: Callable[[Decision, str], None] | None,
+    ) -> None:
+        self.model = model
+        self.optimizers = tuple(optimizers)
+        self.groups = tuple(groups)
+        self.data_parallel = data_parallel
+        self.run_id = run_id
+        self.specification = specification
+        self.plan: BatchPlan = state.plan
+        """In force for the next step, the same on every rank."""
+        self.optimizer_step = 0
+        self.samples_seen = 0
+        self.last_readings: list[GroupReading] = []
+        """Of the latest measured step, the same on every rank."""
+        self._controller = controller
+        self._initial_policy_state = state
+        self._estimators = tuple(estimators)
+        self._min_groups_per_rank = -(-min_sample_groups // data_parallel.size)
+        self._schedule = learning_rate_schedule
+        self.max_grad_norm = max_grad_norm
+        self._deadline_seconds = decision_deadline_seconds
+        self._on_decision = on_decision
+        self._base_learning_rates = [
+            [float(group.setdefault("initial_lr", group["lr"])) for group in optimizer.param_groups]
+            for optimizer in self.optimizers
+        ]
+        self._capture: GradientCapture | None = None
+        self._next_measurement = 0
+        self._due_exchanges: list[int] = []
+        self._loss_sum = torch.zeros(2, dtype=torch.float64, device=data_parallel.device)
+        self._step_seconds: list[float] = []
+        self._step_ended_at: float | None = None
+        self._reported_step = 0
+        self._validation_loss: float | None = None
+        self._arm()
+
+    # ---------------------------------------------------------------- attach
+
+    @classmethod
+    def attach(
+        cls,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        *,
+        run: str,
+        global_batch_size: int,
+        micro_batch_size: int,
+        budget_samples: int,
+        controller: str | None = None,
+        policy: AnyPolicyConfig | None = None,
+        measurement_interval: Span | None = None,
+        estimators: Sequence[Estimator] | None = None,
+        geometries: Mapping[str, Geometry] | None = None,
+        min_sample_groups: int = 2,
+        micro_batch_granularity: int = 1,
+        learning_rate_coupling: LearningRateCoupling = "sqrt",
+        learning_rate_schedule: LearningRateSchedule | None = None,
+        max_grad_norm: float | None = None,
+        mode: Literal["active", "shadow"] = "active",
+        tokens_per_sample: int | None = None,
+        description: str = "",
+        token: str | None = None,
+        decision_delay_steps: int = 1,
+        decision_deadline_seconds: float = 2.0,
+        spool_directory: str | os.PathLike[str] = DEFAULT_SPOOL_DIRECTORY,
+        state: Mapping[str, Any] | None = None,
+        process_group: Any = None,
+        on_decision: Callable[[Decision, str], None] | None = None,
+    ) -> Self:
+        """Attach to a model and its optimizers. Call it on every rank, with the same arguments.
+
+        Args:
+            model: plain, or wrapped in DistributedDataParallel.
+            optimizer: one, or several (Muon for the matrices, AdamW for the rest). Their lr is the base learning rate
+                at `global_batch_size`.
+            run: name of the run: letters, digits, dots, underscores, hyphens.
+            global_batch_size: samples per optimizer step at the start.
+            micro_batch_size: most samples per rank per backward pass.
+            budget_samples: samples after which training ends.
+            controller: URL, or None to decide in this process.
+            policy: default: grow by the split noise scale, after a warmup of 15 % of the budget.
+            measurement_interval: distance between measured steps. Default 100 steps' worth of samples at the start.
+            estimators: what to measure; default: what the policy follows.
+            geometries: optimizer class name -> geometry, for optimizers we do not know.
+            min_sample_groups: cut measured steps into at least this many micro-batches over all ranks.
+            micro_batch_granularity: below one full pass micro-batches shrink in multiples of this.
+            learning_rate_coupling: "sqrt", "linear" or "none".
+            learning_rate_schedule: samples seen -> factor; see `warmup_cosine`. Default constant.
+            max_grad_norm: clip here, after measuring.
+            mode: "active", or "shadow" to report and record and change nothing.
+            tokens_per_sample: for axes in tokens.
+            description: free text on the page.
+            token: bearer token of the controller. Default: environment variable GNS_TOKEN.
+            decision_delay_steps: steps between a measurement and its plan.
+            decision_deadline_seconds: longest wait for the controller, once per measured step; not during an outage.
+            spool_directory: where measurements wait during an outage.
+            state: what `state_dict` returned, to resume.
+            process_group: data-parallel group. Default: the DDP wrapper's, else the default group.
+            on_decision: called on rank 0 with each decision and who made it ("controller" or "local").
+
+        Raises:
+            BatchShapeError: these ranks cannot make this batch; the message names the nearest that they can.
+            GeometryError: an optimizer of unknown geometry, or a policy that follows a geometry no group has.
+            TooFewGroupsError: one rank, one sample: nothing to compare.
+            RunConflictError: the controller knows this run with another specification.
+            InvalidInputError: anything else that cannot be.
+        """
+        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        if process_group is None and isinstance(model, DistributedDataParallel):
+            process_group = model.process_group
+        device = next(model.parameters()).device
+        data_parallel = DataParallelGroup.find(device, process_group)
+        if data_parallel.size > 1 and not isinstance(model, DistributedDataParallel):
+            raise InvalidInputError(
+                f"{data_parallel.size} ranks, but the model is not wrapped in DistributedDataParallel: "
+                "wrap it first, so that gradients are averaged."
+            )
+        groups = find_groups(model, optimizers, geometries=geometries)
+        specification = RunSpecification(
+            batch=BatchRules(
+                global_batch_size=global_batch_size,
+                micro_batch_size=micro_batch_size,
+                micro_batch_granularity=micro_batch_granularity,
+                learning_rate_coupling=learning_rate_coupling,
+                decision_delay_steps=decision_delay_steps,
+            ),
+            data_parallel_size=data_parallel.size,
+            budget_samples=budget_samples,
+            tokens_per_sample=tokens_per_sample,
+            optimizer=" + ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)),
+            parameter_groups=tuple(group.description() for group in groups),
+            measurement_interval=measurement_interval or Span(samples=100 * global_batch_size),
+            policy=policy or NoiseScalePolicyConfig(warmup=Span(samples=max(int(0.15 * budget_samples), 1))),
+            mode=mode,
+            description=description,
+        )
+        if data_parallel.size == 1 and global_batch_size < 2:
+            raise TooFewGroupsError(
+                "one rank with one sample per step has nothing to compare: raise global_batch_size to 2 or more "
+                "(a measured step is then split into two micro-batches), or use two ranks."
+            )
+        policy_state = (
+            PolicyState.model_validate(state["policy_state"])
+            if state
+            else initial_state(specification.batch, data_parallel_size=data_parallel.size)
+        )
+        client = connect(
+            run_id=run,
+            specification=specification,
+            policy_state=policy_state,
+            url=controller,
+            token=token or os.environ.get("GNS_TOKEN"),
+            spool_directory=Path(spool_directory),
+            resume_step=int(state["optimizer_step"]) if state else 0,
+            data_parallel=data_parallel,
+            deadline_seconds=max(decision_deadline_seconds, 5.0),
+        )
+        session = cls(
+            model=model,
+            optimizers=optimizers,
+            groups=groups,
+            data_parallel=data_parallel,
+            run_id=run,
+            specification=specification,
+            controller=client,
+            state=policy_state,
+            estimators=estimators or [specification.policy.estimator],
+            min_sample_groups=min_sample_groups,
+            learning_rate_schedule=learning_rate_schedule or (lambda samples_seen: 1.0),
+            max_grad_norm=max_grad_norm,
+            decision_deadline_seconds=decision_deadline_seconds,
+            on_decision=on_decision,
+        )
+        if state:
+            session._load(state)
+        if data_parallel.rank == 0:
+            logger.info("attached: %s", session.describe())
+        return session
+
+    def describe(self) -> str:
+        """One line on what was found: layout, groups, plan."""
+        layout = "DDP" if self.data_parallel.size > 1 else "single process"
+        groups = ", ".join(
+            f"{group.name} ({group.optimizer} -> {group.geometry}, {len(group.parameters)} tensors)"
+            for group in self.groups
+        )
+        return (
+            f"run={self.run_id} layout={layout} data_parallel_size={self.data_parallel.size} groups=[{groups}] "
+            f"estimators={','.join(self._estimators)} policy={self.specification.policy.policy} "
+            f"global_batch_size={self.plan.global_batch_size} mode={self.specification.mode}"
+        )
+
+    # ---------------------------------------------------------------- a whole loop
+
+    def steps(
+        self, dataset: Any, *, collate_fn: Callable[[list[Any]], Any] = default_collate, seed: int = 0
+    ) -> Iterator[Step]:
+        """Optimizer steps until the budget is used up: sampler, accumulation and resume inside.
+
+        The order of samples depends on `seed` alone, not on batch sizes, ranks or restarts. The last step shrinks to
+        what is left of the budget.
+
+        Args:
+            dataset: map-style: len() and [index], or __getitems__(list of indices).
+            collate_fn: list of samples -> micro-batch.
+            seed: of the order.
+        """
+        stream = SampleStream(len(dataset), seed=seed)
+        while True:
+            left = self.specification.budget_samples - self.samples_seen
+            batch_size = min(self.plan.global_batch_size, left // self.data_parallel.size * self.data_parallel.size)
+            if batch_size < 1:
+                self.report_progress()
+                return
+            step = Step(self, stream, dataset, collate_fn, batch_size)
+            yield step
+            if not step.applied:
+                raise InvalidInputError("call step.apply() at the end of every step.")
+
+    # ---------------------------------------------------------------- parts
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the step that runs now is a measured one."""
+        return self._capture is not None
+
+    @property
+    def learning_rate_factor(self) -> float:
+        """What the plan multiplies the scheduled learning rate with."""
+        return self.plan.learning_rate_factor if self.specification.mode == "active" else 1.0
+
+    @property
+    def min_micro_batches(self) -> int:
+        """Micro-batches per rank that the present step needs: more than one only on measured steps."""
+        return self._min_groups_per_rank if self.is_measured else 1
+
+    def measured(self, *, num_samples: int, loss_factor: float) -> AbstractContextManager[None]:
+        """Around one backward pass of a loop that keeps its own sampler.
+
+        Args:
+            num_samples: n_j, samples of this rank in this backward pass.
+            loss_factor: what the mean loss over those samples was multiplied with before backward. The averaged
+                gradient must be a mean over samples: R n_j / B, which is 1 / accumulation steps for equal pieces.
+        """
+        if self._capture is None:
+            return nullcontext()
+        return self._capture.micro_batch(num_samples=num_samples, loss_factor=loss_factor)
+
+    def observe_loss(self, loss: Tensor, *, num_samples: int) -> None:
+        """Add to the mean loss of the next report. No host synchronisation."""
+        weight = float(num_samples)
+        self._loss_sum += torch.stack(
+            [loss.detach().double() * weight, torch.tensor(weight, dtype=torch.float64, device=loss.device)]
+        )
+
+    def measure(self) -> list[GroupReading]:
+        """End of the last backward pass, before clipping: the readings of a measured step, else nothing. Every rank."""
+        self.last_readings = []
+        if self._capture is not None:
+            counts, self.last_readings = read_groups(self._capture, self.groups, self.data_parallel)
+            if not self.last_readings and self.data_parallel.rank == 0:
+                logger.warning(
+                    "measured step without a reading: sample_groups=%d samples_a=%d samples_b=%d misweighted=%d. "
+                    "Two micro-batches or two ranks are needed, and a loss factor of ranks * n_j / batch.",
+                    counts.num_groups,
+                    counts.num_samples_a,
+                    counts.num_samples_b,
+                    counts.num_misweighted,
+                )
+        return self.last_readings
+
+    def set_learning_rates(self) -> None:
+        """Base learning rate x schedule(samples seen) x plan factor, into every param group."""
+        factor = self._schedule(self.samples_seen) * self.learning_rate_factor
+        for optimizer, base_rates in zip(self.optimizers, self._base_learning_rates, strict=True):
+            for group, base in zip(optimizer.param_groups, base_rates, strict=True):
+                group["lr"] = base * factor
+
+    def observe_validation_loss(self, value: float) -> None:
+        """Goes along with the next report."""
+        self._validation_loss = value
+
+    def advance(self, *, num_samples: int) -> None:
+        """After optimizer.step: count, report, agree on the next plan. Every rank, once per optimizer step.
+
+        Args:
+            num_samples: samples of this step over all ranks.
+        """
+        schedule_factor = self._schedule(self.samples_seen)
+        was_measured = self._capture is not None
+        self._capture = None
+        self.optimizer_step += 1
+        self.samples_seen += num_samples
+        self._time_step(was_measured)
+        if was_measured:
+            self._report(self.last_readings, schedule_factor=schedule_factor)
+            self._due_exchanges.append(self.optimizer_step + self.specification.batch.decision_delay_steps)
+            self._schedule_next_measurement()
+        while self._due_exchanges and self._due_exchanges[0] <= self.optimizer_step:
+            self._exchange(self._due_exchanges.pop(0))
+        self._arm()
+
+    def report_progress(self) -> None:
+        """Report step, losses and speed without readings, unless this step has been reported. Every rank.
+
+        `steps` does it at the end of the budget, so that the controller knows the run as finished.
+        """
+        if self.optimizer_step != self._reported_step:
+            self._report([], schedule_factor=self._schedule(self.samples_seen))
+
+    def close(self, *, deadline_seconds: float = 5.0) -> None:
+        """Send what is left, within the deadline. Local to each rank: no collective."""
+        if self._controller is not None:
+            self._controller.close(deadline_seconds=deadline_seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint, the same on every rank: save it beside model and optimizers. Every rank.
+
+        The policy's memory lives on rank 0 and is broadcast.
+        """
+        state = self._controller.state if self._controller is not None else self._initial_policy_state
+        message = {"policy_state": state.model_dump(mode="json")} if self.data_parallel.rank == 0 else None
+        shared = self.data_parallel.broadcast_message(message)
+        return {
+            "version": 1,
+            "optimizer_step": self.optimizer_step,
+            "samples_seen": self.samples_seen,
+            "plan": self.plan.model_dump(mode="json"),
+            "policy_state": shared["policy_state"],
+            "base_learning_rates": self._base_learning_rates,
+            "next_measurement": self._next_measurement,
+        }
+
+    # ---------------------------------------------------------------- inside
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        if state.get("version") != 1:
+            raise InvalidInputError(f"session state of version {state.get('version')!r}; this program reads version 1.")
+        if [len(rates) for rates in state["base_learning_rates"]] != [len(r) for r in self._base_learning_rates]:
+            raise InvalidInputError("the checkpoint's optimizers have other parameter groups than these.")
+        self.optimizer_step = int(state["optimizer_step"])
+        self.samples_seen = int(state["samples_seen"])
+        self.plan = self._reachable_plan(BatchPlan.model_validate(state["plan"]))
+        self._base_learning_rates = [list(rates) for rates in state["base_learning_rates"]]
+        self._next_measurement = int(state["next_measurement"])
+        self._capture = None
+        self._arm()
+
+    def _reachable_plan(self, plan: BatchPlan) -> BatchPlan:
+        """The checkpoint's plan on this number of ranks: the nearest reachable batch below, if the old one is not."""
+        rules, size = self.specification.batch, self.data_parallel.size
+        batch_size = floor_to_reachable(
+            plan.global_batch_size,
+            micro_batch_size=rules.micro_batch_size,
+            data_parallel_size=size,
+            micro_batch_granularity=rules.micro_batch_granularity,
+        )
+        if batch_size != plan.global_batch_size:
+            logger.warning(
+                "batch is not reachable on this many ranks: data_parallel_size=%d global_batch_size=%d->%d",
+                size,
+                plan.global_batch_size,
+                batch_size,
+            )
+        return plan_for(
+            rules, batch_size, data_parallel_size=size, version=plan.version, effective_step=plan.effective_step
+        )
+
+    def _arm(self) -> None:
+        """Decide whether the step that begins now is measured. Depends on counters only, so all ranks agree."""
+        interval = self.specification.measurement_interval
+        position = self.optimizer_step if interval.steps is not None else self.samples_seen
+        if position >= self._next_measurement:
+            self._capture = GradientCapture(
+                self.groups,
+                self._estimators,
+                data_parallel_size=self.data_parallel.size,
+                data_parallel_rank=self.data_parallel.rank,
+            )
+
+    def _schedule_next_measurement(self) -> None:
+        interval = self.specification.measurement_interval
+        length = interval.steps or interval.samples or 1
+        position = self.optimizer_step if interval.steps is not None else self.samples_seen
+        # The step before a multiple of the interval completes on it: recorded step numbers are multiples.
+        if interval.steps is not None:
+            self._next_measurement = ((position + 1) // length + 1) * length - 1
+        else:
+            self._next_measurement = (position // length + 1) * length
+
+    def _time_step(self, was_measured: bool) -> None:
+        now = time.perf_counter()
+        if self._step_ended_at is not None and not was_measured:
+            self._step_seconds.append(now - self._step_ended_at)
+        self._step_ended_at = now
+
+    def _report(self, readings: Sequence[GroupReading], *, schedule_factor: float) -> None:
+        """Reduce the loss (every rank), then hand the measurement to rank 0's client."""
+        loss_sum, num_samples = self.data_parallel.sum_(self._loss_sum.clone()).tolist()
+        self._loss_sum.zero_()
+        step_seconds = statistics.median(self._step_seconds) if self._step_seconds else None
+        self._step_seconds.clear()
+        self._reported_step = self.optimizer_step
+        validation_loss, self._validation_loss = self._validation_loss, None
+        if self._controller is None:
+            return
+        plan = self.plan
+        self._controller.report(
+            NoiseScaleMeasurement(
+                run_id=self.run_id,
+                attempt=0,
+                optimizer_step=self.optimizer_step,
+                samples_seen=self.samples_seen,
+                plan_version=plan.version,
+                global_batch_size=plan.global_batch_size,
+                micro_batch_size=plan.micro_batch_size,
+                gradient_accumulation_steps=plan.gradient_accumulation_steps,
+                data_parallel_size=self.data_parallel.size,
+                schedule_factor=schedule_factor,
+                step_seconds=step_seconds,
+                samples_per_second=plan.global_batch_size / step_seconds if step_seconds else None,
+                loss=loss_sum / num_samples if num_samples else None,
+                validation_loss=validation_loss,
+                readings=tuple(readings),
+            )
+        )
+
+    def _exchange(self, effective_step: int) -> None:
+        """All ranks take rank 0's plan. Rank 0 waits for the controller no longer than the deadline."""
+        proposed: BatchPlan | None = None
+        if self._controller is not None:
+            try:
+                verdict = self._controller.verdict(
+                    optimizer_step=effective_step - self.specification.batch.decision_delay_steps,
+                    deadline_seconds=self._deadline_seconds,
+                )
+                proposed = verdict.plan
+                if self._on_decision is not None:
+                    self._on_decision(verdict.decision, verdict.source)
+            except Exception:
+                # Whatever fails here, the other ranks wait in the broadcast: keep the plan and go on.
+                logger.exception("no decision, keeping plan: run_id=%s optimizer_step=%d", self.run_id, effective_step)
+            if proposed is None or self.specification.mode == "shadow":
+                proposed = self.plan
+        plan = broadcast_plan(self.data_parallel, current=self.plan, proposed=proposed)
+        if plan.global_batch_size != self.plan.global_batch_size and self.data_parallel.rank == 0:
+            logger.info(
+                "batch changes: run_id=%s optimizer_step=%d global_batch_size=%d->%d learning_rate_factor=%.4g",
+                self.run_id,
+                self.optimizer_step,
+                self.plan.global_batch_size,
+                plan.global_batch_size,
+                plan.learning_rate_factor,
+            )
+        self.plan = plan

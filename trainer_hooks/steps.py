@@ -1,0 +1,101 @@
+"""One optimizer step of a whole loop: which samples, which micro-batches, and what happens at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gns_controller.core.contract import GroupReading
+from gns_controller.core.runs import RunSpecification
+from trainer_hooks.batching import SampleStream, cut_micro_batches
+from trainer_hooks.collectives import DataParallelGroup
+
+
+class StepSession(Protocol):
+    """What a step needs of the session."""
+
+    model: nn.Module
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    data_parallel: DataParallelGroup
+    specification: RunSpecification
+    samples_seen: int
+    max_grad_norm: float | None
+
+    @property
+    def min_micro_batches(self) -> int: ...  # noqa: D102
+    def measured(self, *, num_samples: int, loss_factor: float) -> AbstractContextManager[None]: ...  # noqa: D102
+    def observe_loss(self, loss: Tensor, *, num_samples: int) -> None: ...  # noqa: D102
+    def measure(self) -> Sequence[GroupReading]: ...  # noqa: D102
+    def set_learning_rates(self) -> None: ...  # noqa: D102
+    def advance(self, *, num_samples: int) -> None: ...  # noqa: D102
+
+
+class Step:
+    """One optimizer step: iterate over its micro-batches, `backward` each loss, then `apply`."""
+
+    def __init__(
+        self,
+        session: StepSession,
+        stream: SampleStream,
+        dataset: Any,
+        collate_fn: Callable[[list[Any]], Any],
+        global_batch_size: int,
+    ) -> None:
+        self.global_batch_size = global_batch_size
+        self.applied = False
+        self._session = session
+        self._stream = stream
+        self._dataset = dataset
+        self._collate_fn = collate_fn
+        self._num_samples = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        """This rank's micro-batches. Gradients are averaged over ranks in the last one's backward only."""
+        session = self._session
+        data_parallel, model = session.data_parallel, session.model
+        per_rank = self.global_batch_size // data_parallel.size
+        sizes = cut_micro_batches(
+            per_rank,
+            micro_batch_size=session.specification.batch.micro_batch_size,
+            min_pieces=session.min_micro_batches,
+        )
+        position = session.samples_seen + data_parallel.rank * per_rank
+        for index, size in enumerate(sizes):
+            indices = self._stream.positions(position, size).tolist()
+            position += size
+            self._num_samples = size
+            is_last = index == len(sizes) - 1
+            with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext():
+                yield self._collate_fn(self._fetch(indices))
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of the micro-batch's MEAN loss, scaled so that gradients average over samples."""
+        session = self._session
+        factor = session.data_parallel.size * self._num_samples / self.global_batch_size
+        with session.measured(num_samples=self._num_samples, loss_factor=factor):
+            torch.autograd.backward(loss * factor)
+        session.observe_loss(loss, num_samples=self._num_samples)
+
+    def apply(self) -> None:
+        """Measure, clip, step, zero the gradients, report, agree on the next plan. Every rank."""
+        session = self._session
+        session.measure()
+        session.set_learning_rates()
+        if session.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(session.model.parameters(), session.max_grad_norm)
+        for optimizer in session.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        session.advance(num_samples=self.global_batch_size)
+        self.applied = True
+
+    def _fetch(self, indices: list[int]) -> list[Any]:
+        if hasattr(self._dataset, "__getitems__"):
+            samples: list[Any] = self._dataset.__getitems__(indices)
+            return samples
+        return [self._dataset[index] for index in indices]
