@@ -1,0 +1,7 @@
+"""Durable and ordered: one log of all runs, one writer with group commit, SQLite or PostgreSQL."""
+
+from gns_controller.store.protocol import EntryKind, LogEntry, NewEntry, RunHead, Store, Transaction
+from gns_controller.store.sql import SqlStore
+from gns_controller.store.transaction import MeasurementBody
+
+__all__ = ["EntryKind", "LogEntry", "MeasurementBody", "NewEntry", "RunHead", "SqlStore", "Store", "Transaction"]
