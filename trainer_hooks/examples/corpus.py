@@ -1,6 +1,6 @@
 """Real text that every machine with Python has: the bytes of the standard library's source files.
 
-Deterministic for one Python patch version: files in order of name, split by the hash of each file, sha256 of both parts.
+Deterministic for one Python patch version: files in order of name, split by the hash of each file, one sha256 of all.
 """
 
 from __future__ import annotations

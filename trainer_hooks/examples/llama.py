@@ -5,6 +5,7 @@ B = sequences, T = positions, D = model width, H = heads, K = head width, F = fe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +80,8 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TK, sin_TK)
-        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        out: Tensor = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        return out
 
 
 class Llama(nn.Module):
@@ -119,7 +121,7 @@ def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     return x_BHTK * cos_TK + torch.cat([-second, first], dim=-1) * sin_TK
 
 
-def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
+def next_token_loss(model: Callable[[Tensor], Tensor], windows: Tensor) -> Tensor:
     """Mean cross-entropy in nats per byte of (B, T + 1) windows."""
     tokens = windows.long()
     logits_BTV = model(tokens[:, :-1])

@@ -63,15 +63,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--seed", type=int, default=0, help="of weights and of the order of samples")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--shadow", action="store_true", help="report and record decisions, change nothing")
-    add("--evaluations", type=int, default=48, help="validation points over the run")
-    add("--validation-samples", type=int, default=4096, help="fixed windows behind each validation loss")
+    add("--evaluations", type=int, default=40, help="validation points over the run")
+    add("--validation-samples", type=int, default=1024, help="fixed windows behind each validation loss")
     add("--corpus", type=Path, default=None, help="folder of .py files; default: the standard library")
     add("--output", type=Path, default=None, help="JSON-lines file with losses and decisions, written by rank 0")
     add(
         "--checkpoint",
         type=Path,
         default=None,
-        help="save here at the end and every --checkpoint-steps; resume if it exists",
+        help="save here, and resume from here if it exists",
     )
     add("--checkpoint-steps", type=int, default=0, help="optimizer steps between checkpoints; 0: at the end only")
     add("--spool-directory", type=Path, default=Path(".gns/spool"), help="where measurements wait during an outage")
@@ -79,7 +79,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--pace-seconds",
         type=float,
         default=0.0,
-        help="sleep this long per step, to watch a run or to imitate a larger model",
+        help="sleep per step, to imitate a larger model",
     )
     options = parser.parse_args(arguments)
     if options.measurement_interval_steps and options.measurement_interval_samples:
