@@ -97,7 +97,8 @@ class WireRun:
             batch = [self._next(changes) for _ in range(min(count, REPORTS_PER_REQUEST))]
             count -= len(batch)
             reply = self._send(batch)
-            self.plan = reply.plan
+            if self.specification.mode == "active":
+                self.plan = reply.plan
         assert reply is not None
         return reply
 
