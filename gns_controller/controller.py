@@ -332,8 +332,8 @@ def _decide(head: RunHead, state: PolicyState, measurement: NoiseScaleMeasuremen
         )
     except (ValueError, ArithmeticError):  # counts beyond 2^62, or a noise_tolerance whose square is 0
         raise InvalidInputError(
-            f"the measurement of optimizer_step {measurement.optimizer_step} leads to no plan that can be written down: "
-            "its counts are too large, or the policy's numbers are extreme. Nothing of this request was recorded."
+            f"the measurement of optimizer_step {measurement.optimizer_step} leads to no plan that can be written "
+            "down: its counts are too large, or the policy's numbers are extreme. Nothing of this request was recorded."
         ) from None
 
 

@@ -15,10 +15,10 @@ class Listeners:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._by_run: dict[str, list[Callable[[], None]]] = {}
+        self._by_run: dict[str, list[Callable[[], object]]] = {}
 
     @contextmanager
-    def listening(self, run_id: str, listener: Callable[[], None]) -> Iterator[None]:
+    def listening(self, run_id: str, listener: Callable[[], object]) -> Iterator[None]:
         """Call `listener` whenever something of this run was committed."""
         with self._lock:
             self._by_run.setdefault(run_id, []).append(listener)

@@ -34,6 +34,8 @@ SERVICE = {
     "gns_controller.controller": (12, set()),
     "gns_controller.web": (13, {"fastapi", "starlette", "pydantic", "pydantic_core", "prometheus_client"}),
     "gns_controller.demo": (14, {"httpx", "rich", "matplotlib"}),
+    "gns_controller.serving": (14, {"uvicorn", "fastapi", "prometheus_client"}),
+    "gns_controller.doctor": (14, {"httpx"}),
     "gns_controller.cli": (15, {"typer", "uvicorn", "rich", "httpx", "pydantic"}),
     "gns_controller.__main__": (16, set()),
 }

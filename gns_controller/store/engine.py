@@ -108,7 +108,8 @@ def acquire_lease(url: URL, engine: Engine) -> Callable[[], None]:
             descriptor = os.open(f"{url.database}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StoreUnavailableError(
-                f"the folder of the database cannot be written ({error.strerror}); create it or correct GNS_DATABASE_URL."
+                f"the folder of the database cannot be written ({error.strerror}); create it or correct "
+                "GNS_DATABASE_URL."
             ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,8 +137,8 @@ def opening_error(error: SQLAlchemyError) -> StoreError:
         return _corrupt()
     logger.debug("database cannot be opened", exc_info=error)
     return StoreUnavailableError(
-        "the database cannot be opened; check that GNS_DATABASE_URL is right, that the folder or server exists and that "
-        "this user may write there."
+        "the database cannot be opened; check that GNS_DATABASE_URL is right, that the folder or server exists and "
+        "that this user may write there."
     )
 
 

@@ -1,0 +1,283 @@
+"""The commands. The only place that reads the environment and builds real objects.
+
+Heavy imports live inside commands, so that --help is quick and a missing extra is one sentence. To add a command,
+write one function below and decorate it.
+
+Exit codes: 0 done, 1 something is wrong (doctor, db check, an answer of the controller), 2 wrong usage or settings,
+3 the port is taken, 4 the database cannot be used, 5 a dependency is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+from gns_controller.core.errors import GnsError, InvalidInputError, MissingDependencyError, StoreError
+
+if TYPE_CHECKING:
+    from gns_controller.settings import Settings
+
+try:
+    import typer
+except ImportError:  # the bare install has the console script, too
+    print("gns-controller needs its service dependencies: pip install 'gns-controller[service]'", file=sys.stderr)
+    raise SystemExit(5) from None
+
+EXIT_WRONG = 1
+EXIT_USAGE = 2
+EXIT_PORT = 3
+EXIT_DATABASE = 4
+EXIT_DEPENDENCY = 5
+
+app = typer.Typer(
+    help="Batch-size plans for training runs, from measured gradient noise scales.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+db = typer.Typer(help="The database: bring it to this version, or check it.", no_args_is_help=True)
+token = typer.Typer(help="Bearer tokens.", no_args_is_help=True)
+run = typer.Typer(help="Runs of a controller, over HTTP.", no_args_is_help=True)
+config = typer.Typer(help="Settings.", no_args_is_help=True)
+for name, group in (("db", db), ("token", token), ("run", run), ("config", config)):
+    app.add_typer(group, name=name)
+
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(help="Database, instead of GNS_DATABASE_URL. [default: sqlite:///gns.db]", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Url = Annotated[str, typer.Option(help="Address of the controller, with scheme.")]
+Token = Annotated[
+    str, typer.Option(envvar="GNS_TOKEN", help="Bearer token, if the controller asks for one.", show_default=False)
+]
+
+
+def main() -> None:
+    """Console script."""
+    app()
+
+
+@app.command()
+def serve(
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address to listen on; anything but loopback needs GNS_TOKEN_HASHES. [default: 127.0.0.1]"),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one. [default: 8000]")
+    ] = None,
+    database_url: DatabaseUrl = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="Least severe line to log: debug, info, warning, error. [default: info]")
+    ] = None,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="Write the controller's address into this file once it listens.")
+    ] = None,
+) -> None:
+    """Run the controller until SIGTERM or Ctrl-C. Migrates the database first. One process is the unit."""
+    with _sentences():
+        settings = _settings(host=host, port=port, database_url=database_url, log_level=log_level)
+        from gns_controller.serving import serve_forever
+
+        serve_forever(settings, ready_file=ready_file)
+
+
+@app.command()
+def doctor(
+    database_url: DatabaseUrl = None,
+    url: Annotated[str | None, typer.Option(help="Also check that a controller answers here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check versions, settings, database and, with --url, a running controller. Exit code 1 if something is wrong."""
+    with _sentences():
+        from gns_controller.doctor import examine
+
+        findings = examine(lambda: _settings(database_url=database_url), url=url)
+    if as_json:
+        _print_json([finding._asdict() for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{'ok   ' if finding.ok else 'WRONG'}  {finding.name}: {finding.detail}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(EXIT_WRONG)
+
+
+@db.command("upgrade")
+def db_upgrade(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
+    """Bring the database to the schema of this version; `serve` does it, too. Back up first."""
+    with _sentences():
+        from gns_controller.store import administration
+
+        before, after = administration.upgrade_database(_settings(database_url=database_url).database_url)
+    if as_json:
+        _print_json({"revision_before": before, "revision": after})
+    else:
+        print(f"Schema revision {after} (was {before or 'empty'}).")
+
+
+@db.command("check")
+def db_check(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
+    """Read the whole database and say whether it is sound and of this version. Exit code 1 if it is not."""
+    with _sentences():
+        from gns_controller.store import administration
+
+        report = administration.check_database(_settings(database_url=database_url).database_url)
+    if as_json:
+        _print_json(report._asdict())
+    else:
+        print(report.detail)
+    if not report.ok:
+        raise typer.Exit(EXIT_WRONG)
+
+
+@token.command("create")
+def token_create(as_json: AsJson = False) -> None:
+    """Make a random 256-bit token. It is shown once; put its hash into GNS_TOKEN_HASHES."""
+    import hashlib
+    import secrets
+
+    secret = secrets.token_urlsafe(32)
+    sha256 = hashlib.sha256(secret.encode()).hexdigest()
+    if as_json:
+        _print_json({"token": secret, "sha256": sha256})
+    else:
+        print(f"Token, shown once:          {secret}")
+        print(f"Hash for GNS_TOKEN_HASHES:  {sha256}")
+
+
+@run.command("ls")
+def run_ls(
+    url: Url = "http://127.0.0.1:8000",
+    token: Token = "",
+    limit: Annotated[int, typer.Option(min=1, max=200, help="Most runs, newest first.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List runs, newest first."""
+    with _sentences():
+        page = _get(url, f"/api/v1/runs?limit={limit}", token)
+    if as_json:
+        _print_json(page["items"])
+        return
+    print(f"{'run':<32} {'state':<10} {'step':>9} {'samples':>12} {'batch':>8}  last decision")
+    for item in page["items"]:
+        reason = (item["last_decision"] or {}).get("reason", "-")
+        batch = item["plan"]["global_batch_size"]
+        print(
+            f"{item['run_id']:<32} {item['state']:<10} {item['optimizer_step']:>9} {item['samples_seen']:>12} "
+            f"{batch:>8}  {reason}"
+        )
+
+
+@run.command("show")
+def run_show(
+    run_id: Annotated[str, typer.Argument(help="Name of the run.")],
+    url: Url = "http://127.0.0.1:8000",
+    token: Token = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show one run with its last decision."""
+    with _sentences():
+        from urllib.parse import quote
+
+        view = _get(url, f"/api/v1/runs/{quote(run_id, safe='')}", token)
+    if as_json:
+        _print_json(view)
+        return
+    decision = view["last_decision"] or {}
+    rows = {
+        "run": view["run_id"],
+        "state": view["state"],
+        "attempt": view["attempt"],
+        "optimizer steps": view["optimizer_step"],
+        "samples": f"{view['samples_seen']} of {view['specification']['budget_samples']}",
+        "batch": f"{view['plan']['global_batch_size']} samples (plan {view['plan']['version']})",
+        "policy": view["policy"]["policy"],
+        "noise scale": decision.get("noise_scale", "-"),
+        "last decision": decision.get("explanation", "-"),
+    }
+    for key, value in rows.items():
+        print(f"{key:<16} {value}")
+
+
+@config.command("show")
+def config_show(as_json: AsJson = False) -> None:
+    """Print every setting as it would be used, secrets hidden."""
+    with _sentences():
+        shown = _shown(_settings())
+    if as_json:
+        _print_json(shown)
+    else:
+        for key, value in shown.items():
+            print(f"GNS_{key.upper()}={value}")
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Turn what can be expected to go wrong into one sentence and an exit code."""
+    try:
+        yield
+    except MissingDependencyError as error:
+        _exit(EXIT_DEPENDENCY, str(error))
+    except ImportError as error:
+        if (error.name or "").startswith("gns_controller"):
+            raise
+        _exit(EXIT_DEPENDENCY, f"{error.name} is not installed: pip install 'gns-controller[service]'")
+    except StoreError as error:
+        _exit(EXIT_DATABASE, str(error))
+    except InvalidInputError as error:
+        _exit(EXIT_USAGE, str(error))
+    except GnsError as error:
+        _exit(EXIT_PORT if type(error).__name__ == "PortTakenError" else EXIT_WRONG, str(error))
+
+
+def _exit(code: int, sentence: str) -> NoReturn:
+    print(f"gns-controller: {sentence}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _settings(**options: object) -> Settings:
+    from pydantic import ValidationError
+
+    from gns_controller.settings import Settings
+
+    try:
+        return Settings(**{key: value for key, value in options.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        faults = (f"GNS_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors())
+        raise InvalidInputError("settings cannot be used. " + "; ".join(faults)) from None
+
+
+def _shown(settings: Settings) -> dict[str, Any]:
+    from gns_controller.store.administration import hide_password
+
+    shown = settings.model_dump(mode="json")
+    shown["database_url"] = hide_password(settings.database_url)
+    shown["token_hashes"] = f"{len(settings.token_hashes)} hidden" if settings.token_hashes else "none"
+    return shown
+
+
+def _get(url: str, path: str, token: str) -> dict[str, Any]:
+    import httpx
+
+    try:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        response = httpx.get(url.rstrip("/") + path, headers=headers, timeout=10.0, trust_env=False)
+        answer = response.json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
+        raise GnsError(
+            f"no controller answers at {url}; start one with `gns-controller serve` or correct --url."
+        ) from None
+    if response.is_error:
+        raise GnsError(str(answer.get("detail", f"the controller answered {response.status_code}.")))
+    assert isinstance(answer, dict)
+    return answer
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))

@@ -1,0 +1,38 @@
+"""The application: routes, the gate around them, and nothing that is not handed in."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from gns_controller.controller import Controller
+from gns_controller.metrics import Metrics
+from gns_controller.settings import Settings
+from gns_controller.web import health, news, pages, runs
+from gns_controller.web.dependencies import Service
+from gns_controller.web.gate import Gate
+from gns_controller.web.openapi import describe
+from gns_controller.web.problems import add_handlers
+from gns_controller.web.streams import Streams
+
+
+def create_app(controller: Controller, settings: Settings, metrics: Metrics) -> FastAPI:
+    """An ASGI application over this controller; `app.state.service.streams.stop()` ends what waits."""
+    app = FastAPI(
+        title="gns-controller",
+        version=version("gns-controller"),
+        description="Batch-size plans from measured gradient noise scales.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    streams = Streams(controller.listeners, limit=settings.max_event_streams)
+    app.state.service = Service(controller=controller, settings=settings, metrics=metrics, streams=streams)
+    for router in (runs.router, news.router, health.router):
+        app.include_router(router)
+    pages.add_page(app)
+    add_handlers(app)
+    describe(app, asks_for_tokens=bool(settings.token_hashes))
+    app.add_middleware(Gate, settings=settings, metrics=metrics)
+    return app

@@ -1,0 +1,213 @@
+"""Every error we answer, as RFC 9457 application/problem+json. Never raw input, SQL or a path of this machine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from gns_controller.core.errors import (
+    GnsError,
+    InvalidInputError,
+    RunConflictError,
+    StaleAttemptError,
+    StoreBusyError,
+    StoreError,
+    UnknownRunError,
+)
+from gns_controller.core.runs import RunSpecification
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 2
+_TYPE_PREFIX = "urn:gns-controller:problem:"
+_MAX_ERRORS = 20
+
+
+class ProblemType(NamedTuple):
+    """A kind of problem: its stable name, its status, and what it is called."""
+
+    slug: str
+    status: int
+    title: str
+
+
+MALFORMED_JSON = ProblemType("malformed-json", 400, "The body is not JSON")
+UNAUTHORIZED = ProblemType("unauthorized", 401, "A bearer token is needed")
+NOT_FOUND = ProblemType("not-found", 404, "There is nothing at this address")
+UNKNOWN_RUN = ProblemType("unknown-run", 404, "No run has this name")
+METHOD_NOT_ALLOWED = ProblemType("method-not-allowed", 405, "This address does not know the method")
+RUN_CONFLICT = ProblemType("run-conflict", 409, "The run exists with another specification")
+STALE_ATTEMPT = ProblemType("stale-attempt", 409, "A newer attempt of the run has registered")
+BODY_TOO_LARGE = ProblemType("body-too-large", 413, "The body is too large")
+UNSUPPORTED_MEDIA_TYPE = ProblemType("unsupported-media-type", 415, "The body must be application/json")
+INVALID_INPUT = ProblemType("invalid-input", 422, "The request cannot be carried out as it is")
+STORE_BUSY = ProblemType("store-busy", 429, "Too many writes are waiting")
+INTERNAL_ERROR = ProblemType("internal-error", 500, "The controller has failed")
+STORE_UNAVAILABLE = ProblemType("store-unavailable", 503, "The database does not work now")
+TOO_MANY_STREAMS = ProblemType("too-many-streams", 503, "Too many streams are open")
+STOPPING = ProblemType("stopping", 503, "The controller is shutting down")
+
+PROBLEM_TYPES = (
+    MALFORMED_JSON,
+    UNAUTHORIZED,
+    NOT_FOUND,
+    UNKNOWN_RUN,
+    METHOD_NOT_ALLOWED,
+    RUN_CONFLICT,
+    STALE_ATTEMPT,
+    BODY_TOO_LARGE,
+    UNSUPPORTED_MEDIA_TYPE,
+    INVALID_INPUT,
+    STORE_BUSY,
+    INTERNAL_ERROR,
+    STORE_UNAVAILABLE,
+    TOO_MANY_STREAMS,
+    STOPPING,
+)
+
+
+class FieldProblem(BaseModel):
+    """One thing wrong with the request."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    pointer: str | None = None
+    """JSON pointer into the body; the empty string is the body itself."""
+    parameter: str | None = None
+    """Name of the path, query or header parameter, where it is not the body."""
+    detail: str
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    type: str
+    """Stable: urn:gns-controller:problem:<name>."""
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    """Also in the X-Request-Id header and in the log."""
+    errors: list[FieldProblem] | None = None
+    """422 only."""
+    registered: RunSpecification | None = None
+    """run-conflict only: what the run is."""
+    requested: RunSpecification | None = None
+    """run-conflict only: what was asked for."""
+    current_attempt: int | None = None
+    """stale-attempt only."""
+
+
+class ProblemError(Exception):
+    """Raised by routes and their helpers to answer with a problem."""
+
+    def __init__(
+        self,
+        kind: ProblemType,
+        detail: str,
+        *,
+        errors: Sequence[FieldProblem] = (),
+        headers: dict[str, str] | None = None,
+        **members: Any,
+    ) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+        self.errors = list(errors)
+        self.headers = headers or {}
+        self.members = members
+
+
+def problem_response(error: ProblemError, *, request_id: str) -> Response:
+    """The answer."""
+    problem = Problem(
+        type=_TYPE_PREFIX + error.kind.slug,
+        title=error.kind.title,
+        status=error.kind.status,
+        detail=error.detail,
+        request_id=request_id,
+        errors=error.errors[:_MAX_ERRORS] or None,
+        **error.members,
+    )
+    headers = dict(error.headers)
+    if error.kind.status in (429, 503):
+        headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
+    return Response(
+        problem.model_dump_json(exclude_none=True),
+        status_code=error.kind.status,
+        headers=headers,
+        media_type="application/problem+json",
+    )
+
+
+def problem_of(error: GnsError) -> ProblemError:
+    """The problem behind an exception of ours. Our messages are written for clients; the store's name no path."""
+    detail = str(error)
+    match error:
+        case UnknownRunError():
+            return ProblemError(UNKNOWN_RUN, detail)
+        case RunConflictError():
+            return ProblemError(
+                RUN_CONFLICT,
+                "The run exists with another specification: compare `registered` and `requested`. Choose another name "
+                "or send the registered one.",
+                registered=error.registered,
+                requested=error.requested,
+            )
+        case StaleAttemptError():
+            return ProblemError(STALE_ATTEMPT, detail, current_attempt=error.current_attempt)
+        case InvalidInputError():
+            return ProblemError(INVALID_INPUT, detail, errors=[FieldProblem(pointer="", detail=detail)])
+        case StoreBusyError():
+            return ProblemError(STORE_BUSY, detail)
+        case StoreError():
+            return ProblemError(STORE_UNAVAILABLE, detail)
+    logger.error("exception without a problem of its own: type=%s", type(error).__name__, exc_info=error)
+    return ProblemError(INTERNAL_ERROR, "The controller has failed; its log has the request_id.")
+
+
+def request_id_of(request: Request) -> str:
+    """As the gate has set it."""
+    return str(request.scope.get("gns_request_id", ""))
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer every exception with a problem; what nobody expects is caught by the gate."""
+
+    async def on_problem(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ProblemError)
+        return problem_response(error, request_id=request_id_of(request))
+
+    async def on_gns_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, GnsError)
+        return problem_response(problem_of(error), request_id=request_id_of(request))
+
+    async def on_validation_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        errors = [FieldProblem(parameter=str(e["loc"][-1]), detail=str(e["msg"])) for e in error.errors()]
+        problem = ProblemError(INVALID_INPUT, "A parameter of the request is not valid.", errors=errors)
+        return problem_response(problem, request_id=request_id_of(request))
+
+    async def on_http_exception(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        kinds = {404: NOT_FOUND, 405: METHOD_NOT_ALLOWED}
+        kind = kinds.get(error.status_code)
+        if kind is None:
+            kind = ProblemType("http-error", error.status_code, HTTPStatus(error.status_code).phrase)
+        problem = ProblemError(kind, f"{kind.title}.", headers=dict(error.headers or {}))
+        return problem_response(problem, request_id=request_id_of(request))
+
+    app.add_exception_handler(ProblemError, on_problem)
+    app.add_exception_handler(GnsError, on_gns_error)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
