@@ -139,11 +139,10 @@ def db_check(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
 @token.command("create")
 def token_create(as_json: AsJson = False) -> None:
     """Make a random 256-bit token. It is shown once; put its hash into GNS_TOKEN_HASHES."""
-    import hashlib
-    import secrets
+    from gns_controller.tokens import hash_token, new_token
 
-    secret = secrets.token_urlsafe(32)
-    sha256 = hashlib.sha256(secret.encode()).hexdigest()
+    secret = new_token()
+    sha256 = hash_token(secret)
     if as_json:
         _print_json({"token": secret, "sha256": sha256})
     else:

@@ -69,6 +69,7 @@ def serve_forever(settings: Settings, *, ready_file: Path | None = None) -> None
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     listener = _listen(settings.host, settings.port)
     try:
         metrics = Metrics(_registry())

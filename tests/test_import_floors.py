@@ -29,6 +29,7 @@ SERVICE = {
     "gns_controller.store": (10, {"sqlalchemy", "alembic", "pydantic", "pydantic_core"}),
     "gns_controller.metrics": (10, {"prometheus_client"}),
     "gns_controller.settings": (10, {"pydantic", "pydantic_settings"}),
+    "gns_controller.tokens": (10, set()),
     "gns_controller.listeners": (10, set()),
     "gns_controller.views": (11, set()),
     "gns_controller.controller": (12, set()),

@@ -29,9 +29,11 @@ def create_app(controller: Controller, settings: Settings, metrics: Metrics) -> 
     )
     streams = Streams(controller.listeners, limit=settings.max_event_streams)
     app.state.service = Service(controller=controller, settings=settings, metrics=metrics, streams=streams)
-    for router in (runs.router, news.router, health.router):
+    routers = (runs.router, news.router, health.router, pages.router)
+    for router in routers:
         app.include_router(router)
-    pages.add_page(app)
+    app.state.own_routes = [route for router in routers for route in router.routes]
+    pages.add_files(app)
     add_handlers(app)
     describe(app, asks_for_tokens=bool(settings.token_hashes))
     app.add_middleware(Gate, settings=settings, metrics=metrics)

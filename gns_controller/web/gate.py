@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gns_controller.metrics import Metrics
 from gns_controller.settings import Settings
+from gns_controller.tokens import is_accepted
 from gns_controller.web.problems import BODY_TOO_LARGE, INTERNAL_ERROR, UNAUTHORIZED, ProblemError, problem_response
-from gns_controller.web.tokens import is_accepted
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,6 @@ async def page() -> Response:
     return FileResponse(index, media_type="text/html", headers={"Cache-Control": "no-cache"})
 
 
-def add_page(app: FastAPI) -> None:
-    """Serve it."""
-    app.include_router(router)
+def add_files(app: FastAPI) -> None:
+    """Serve what the page loads."""
     app.mount("/static", _Files(directory=PAGE, check_dir=False), name="static")

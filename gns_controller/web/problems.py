@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from gns_controller.core.errors import (
     GnsError,
@@ -181,6 +182,15 @@ def request_id_of(request: Request) -> str:
     return str(request.scope.get("gns_request_id", ""))
 
 
+def _allowed_methods(request: Request) -> set[str]:
+    """Of every route at this address: Starlette names those of the first one only."""
+    allowed: set[str] = set()
+    for route in request.app.state.own_routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            allowed |= getattr(route, "methods", None) or set()
+    return allowed or {"GET", "HEAD"}
+
+
 def add_handlers(app: FastAPI) -> None:
     """Answer every exception with a problem; what nobody expects is caught by the gate."""
 
@@ -204,7 +214,10 @@ def add_handlers(app: FastAPI) -> None:
         kind = kinds.get(error.status_code)
         if kind is None:
             kind = ProblemType("http-error", error.status_code, HTTPStatus(error.status_code).phrase)
-        problem = ProblemError(kind, f"{kind.title}.", headers=dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if kind is METHOD_NOT_ALLOWED:
+            headers["Allow"] = ", ".join(sorted(_allowed_methods(request)))
+        problem = ProblemError(kind, f"{kind.title}.", headers=headers)
         return problem_response(problem, request_id=request_id_of(request))
 
     app.add_exception_handler(ProblemError, on_problem)
