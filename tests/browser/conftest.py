@@ -17,7 +17,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.browser.feeding import WireRun
-from tests.browser.running import ControllerProcess, tool
+from tests.running import ControllerProcess, tool
 
 PATIENCE_SECONDS = 15
 FLAGS = (

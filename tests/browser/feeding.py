@@ -113,7 +113,7 @@ class WireRun:
 
     def _send(self, batch: list[NoiseScaleMeasurement]) -> IngestReply:
         self.last = batch
-        body = "[" + ",".join(measurement.model_dump_json() for measurement in batch) + "]"
+        body = '{"measurements":[' + ",".join(measurement.model_dump_json() for measurement in batch) + "]}"
         response = self.client.post(f"/api/v1/runs/{self.run_id}/measurements", content=body, headers=_JSON)
         assert response.is_success, response.text
         return IngestReply.model_validate_json(response.content)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.browser.conftest import Page, start_browser
 from tests.browser.feeding import WireRun, holding, specification
-from tests.browser.running import ControllerProcess
+from tests.running import ControllerProcess
 
 DRAW_SECONDS = 1.0
 

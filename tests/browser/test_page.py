@@ -9,7 +9,7 @@ import pytest
 
 from tests.browser.conftest import Page
 from tests.browser.feeding import WireRun, holding, specification
-from tests.browser.running import ControllerProcess
+from tests.running import ControllerProcess
 
 pytestmark = pytest.mark.browser
 

@@ -149,12 +149,12 @@ function askForToken(problem) {
         "p",
         {},
         refused ? "That token was not accepted. " : "",
-        "A token with the read scope shows this page. It is kept in this tab only, until you close it.",
+        "Paste one of its tokens. It is kept in this tab only, until you close it.",
       ),
       h("label", { for: "token" }, "Token"),
       input,
       h("button", { type: "submit" }, "Show runs"),
-      h("p", { class: "quiet" }, "New token: ", h("code", {}, "gns-controller token create --scope read")),
+      h("p", { class: "quiet" }, "New token: ", h("code", {}, "gns-controller token create")),
     );
     const veil = h("div", { class: "veil", role: "dialog", "aria-modal": "true", "aria-label": "Token" }, form);
     form.addEventListener("submit", (submitted) => {

@@ -118,7 +118,7 @@ function newRow(run) {
       setText(state, now.state);
       setText(batch, format.whole(batchInForce(now)));
       setText(start, `from ${format.whole(spec.batch.global_batch_size)}`);
-      setText(rate, format.factor(now.plan.learning_rate_factor));
+      setText(rate, format.factor(factorInForce(now)));
       setText(noise, format.noiseScale(decision));
       setText(resolution, resolutionText(decision));
       setText(lossValue, format.loss(now.last_measurement?.loss));
@@ -133,6 +133,11 @@ function newRow(run) {
 export function batchInForce(run) {
   if (run.specification.mode !== "shadow") return run.plan.global_batch_size;
   return run.last_measurement?.global_batch_size ?? run.specification.batch.global_batch_size;
+}
+
+/** The factor on the learning rate, likewise. */
+export function factorInForce(run) {
+  return run.specification.mode === "shadow" ? 1 : run.plan.learning_rate_factor;
 }
 
 function optimizerOf(run) {

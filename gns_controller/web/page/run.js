@@ -8,7 +8,7 @@ import { Decisions, badge } from "./decisions.js";
 import { h, setText, showConnection } from "./dom.js";
 import * as format from "./format.js";
 import { History } from "./history.js";
-import { batchInForce, resolutionText } from "./list.js";
+import { batchInForce, factorInForce, resolutionText } from "./list.js";
 
 const VIEW_MILLISECONDS = 3000;
 const DRAW_MILLISECONDS = 200;
@@ -54,6 +54,12 @@ export async function showRun(root, runId) {
     }
   };
 
+  let announced = null;
+  const afterRegistration = () => {
+    clearTimeout(announced);
+    announced = setTimeout(() => Promise.all([refresh(), learnPlans()]), DRAW_MILLISECONDS);
+  };
+
   await learnPlans();
   setInterval(refresh, VIEW_MILLISECONDS);
   setInterval(() => header.tick(), 1000);
@@ -70,8 +76,7 @@ export async function showRun(root, runId) {
         header.news(news);
         redraw();
       } else {
-        refresh();
-        learnPlans();
+        afterRegistration();
       }
     },
   });
@@ -204,7 +209,7 @@ class Header {
     setText(this.state, view.state);
     setText(this.batch.value, format.whole(batchInForce(view)));
     setText(this.batch.note, `samples, from ${format.whole(batch.global_batch_size)}`);
-    setText(this.rate.value, format.factor(view.plan.learning_rate_factor));
+    setText(this.rate.value, format.factor(factorInForce(view)));
     setText(this.rate.note, batch.learning_rate_coupling === "none" ? "not coupled" : `${batch.learning_rate_coupling} coupling`);
     setText(this.noise.value, format.noiseScale(decision));
     setText(this.noise.note, noiseNote(decision));
