@@ -71,6 +71,7 @@ class SqlStore:
             release()
             raise
         self._release = release
+        self._closed = False
         self._writer = Writer(self._write_engine, queue_size=queue_size, observe_commit=observe_commit)
         self._check_lock = threading.Lock()
         self._checked_at = -_CHECK_VALID_SECONDS
@@ -84,7 +85,10 @@ class SqlStore:
         return self._writer.num_queued
 
     def close(self) -> None:
-        """Finish what is queued, then let go of the database."""
+        """Finish what is queued, then let go of the database. Closing again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         self._writer.close()
         self._dispose()
         self._release()
@@ -146,7 +150,9 @@ class SqlStore:
 
     def check(self, *, timeout_seconds: float) -> None:
         """Write and read back; checks within a second of a good one share its answer."""
-        with self._check_lock:
+        if not self._check_lock.acquire(timeout=timeout_seconds):
+            raise StoreUnavailableError(f"the store did not write within {timeout_seconds:g} s.")
+        try:
             if time.monotonic() - self._checked_at < _CHECK_VALID_SECONDS:
                 return
             try:
@@ -156,6 +162,8 @@ class SqlStore:
             with self._reading() as connection:
                 connection.execute(select(func.count()).select_from(probe)).scalar_one()
             self._checked_at = time.monotonic()
+        finally:
+            self._check_lock.release()
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
