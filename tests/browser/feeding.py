@@ -152,7 +152,7 @@ class WireRun:
         batch = self.plan.global_batch_size
         noise_sq = 40.0 * (1 + self.random.gauss(0, 0.03))
         signal_sq = noise_sq / noise_scale
-        seen = signal_sq + self.random.gauss(0, 0.55) * noise_sq / batch
+        seen = signal_sq + self.random.gauss(0, 1.1) * noise_sq / batch
         norm = math.sqrt(signal_sq + noise_sq / batch)
         return GroupReading(
             group=group,

@@ -120,7 +120,7 @@ function newRow(run) {
       setText(start, `from ${format.whole(spec.batch.global_batch_size)}`);
       setText(rate, format.factor(factorInForce(now)));
       setText(noise, format.noiseScale(decision));
-      setText(resolution, resolutionText(decision));
+      setText(resolution, resolutionText(now));
       setText(lossValue, format.loss(now.last_measurement?.loss));
       progress.value = Math.min(1, now.samples_seen / spec.budget_samples);
       setText(share, format.percent(now.samples_seen, spec.budget_samples));
@@ -145,9 +145,10 @@ function optimizerOf(run) {
 }
 
 /** What stands beside a noise scale. */
-export function resolutionText(decision) {
+export function resolutionText(run) {
+  const decision = run.last_decision;
   if (!decision || format.finite(decision.noise_sq) === null) return "";
-  if (decision.unresolved) return `at least about ${format.compact(decision.plan.global_batch_size)}`;
+  if (decision.unresolved) return `at least about ${format.compact(batchInForce(run))}`;
   return `resolution ${format.ratio(decision.resolution)}`;
 }
 

@@ -212,7 +212,7 @@ class Header {
     setText(this.rate.value, format.factor(factorInForce(view)));
     setText(this.rate.note, batch.learning_rate_coupling === "none" ? "not coupled" : `${batch.learning_rate_coupling} coupling`);
     setText(this.noise.value, format.noiseScale(decision));
-    setText(this.noise.note, noiseNote(decision));
+    setText(this.noise.note, noiseNote(view));
     setText(this.loss.value, format.loss(measurement?.loss));
     const validation = format.number(measurement?.validation_loss);
     setText(this.loss.note, validation === null ? `at step ${format.whole(view.optimizer_step)}` : `validation ${format.loss(validation)}`);
@@ -241,10 +241,11 @@ class Header {
   }
 }
 
-function noiseNote(decision) {
+function noiseNote(view) {
+  const decision = view.last_decision;
   if (!decision || format.finite(decision.noise_sq) === null) return "samples";
-  if (decision.unresolved) return resolutionText(decision);
-  return `samples, ${resolutionText(decision)}`;
+  if (decision.unresolved) return resolutionText(view);
+  return `samples, ${resolutionText(view)}`;
 }
 
 function progressText(view) {
