@@ -108,6 +108,47 @@ def doctor(
         raise typer.Exit(EXIT_WRONG)
 
 
+@app.command()
+def demo(
+    optimizer: Annotated[str, typer.Option(help="muon, adamw or signum.")] = "muon",
+    budget_samples: Annotated[
+        int, typer.Option(min=2_000, help="Samples of 32 bytes per run; five runs. 16000 is a smoke test.")
+    ] = 96_000,
+    seed: Annotated[int, typer.Option(help="Of weights and of the order of samples.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for the table, the plot, logs and the database.")] = Path(
+        "demo-output"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the live page; 0 takes a free one.")] = 0,
+    exit_at_end: Annotated[
+        bool, typer.Option("--exit", help="End when the table is printed, instead of keeping the page up until Ctrl-C.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one small model in five ways, watch it live, and compare: needs torch and matplotlib. Takes minutes."""
+    if optimizer not in ("muon", "adamw", "signum"):
+        raise typer.BadParameter(f"{optimizer!r} is not one of muon, adamw, signum.", param_hint="--optimizer")
+    with _sentences():
+        from rich.console import Console
+
+        from gns_controller.demo import DemoSettings, run_demo
+
+        settings = DemoSettings(
+            optimizer=optimizer,
+            budget_samples=budget_samples,
+            seed=seed,
+            output=output,
+            port=port,
+            exit_at_end=exit_at_end,
+        )
+        try:
+            rows = run_demo(settings, Console(stderr=as_json))
+        except KeyboardInterrupt:
+            print("\nInterrupted; every process of the demonstration has ended.", file=sys.stderr)
+            raise typer.Exit(130) from None
+    if as_json:
+        _print_json(rows)
+
+
 @db.command("upgrade")
 def db_upgrade(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
     """Bring the database to the schema of this version; `serve` does it, too. Back up first."""

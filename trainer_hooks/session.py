@@ -225,7 +225,7 @@ class AdaptiveBatch:
             spool_directory=Path(spool_directory),
             resume_step=int(state["optimizer_step"]) if state else 0,
             data_parallel=data_parallel,
-            deadline_seconds=max(decision_deadline_seconds, 5.0),
+            decision_deadline_seconds=decision_deadline_seconds,
         )
         session = cls(
             model=model,

@@ -13,6 +13,9 @@ from trainer_hooks.client.local import LocalController
 from trainer_hooks.client.protocol import Controller
 from trainer_hooks.collectives import DataParallelGroup
 
+_REGISTRATION_SECONDS = 5.0
+"""Once, at attach: a wrong specification is better told now than later."""
+
 
 def connect(
     *,
@@ -24,7 +27,7 @@ def connect(
     spool_directory: Path,
     resume_step: int,
     data_parallel: DataParallelGroup,
-    deadline_seconds: float,
+    decision_deadline_seconds: float,
 ) -> Controller | None:
     """Rank 0's client, None on the others. Call it on every rank.
 
@@ -49,9 +52,10 @@ def connect(
                 state=policy_state,
                 spool_directory=spool_directory,
                 token=token,
+                decision_deadline_seconds=decision_deadline_seconds,
             )
             try:
-                client.wait_registered(deadline_seconds=deadline_seconds)
+                client.wait_registered(deadline_seconds=_REGISTRATION_SECONDS)
             except GnsError as error:
                 problem = error
                 client.close(deadline_seconds=1.0)

@@ -1,7 +1,8 @@
 """A controller over HTTP, from a background thread, that training never waits for beyond a deadline.
 
-The training thread hands measurements over and folds them with the local policy. The sender thread spools, registers
-and posts them in order. On silence the local verdict stands; during an outage nobody waits at all.
+The training thread hands measurements over and folds them with the local policy. One thread puts them on disk, another
+registers and posts them in order, so that neither a slow disk nor a silent network holds up the other or the training.
+On silence the local verdict stands; from then on nobody waits until the controller has answered within the deadline.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class HttpController:
         state: where the fold starts.
         spool_directory: measurements wait here while the controller is away.
         token: bearer token, if the controller asks for one.
+        decision_deadline_seconds: an answer slower than this does not make anybody wait again.
         timeout_seconds: for one request of the background thread.
         transport: for tests: how requests travel.
     """
@@ -64,6 +66,7 @@ class HttpController:
         state: PolicyState,
         spool_directory: Path,
         token: str | None = None,
+        decision_deadline_seconds: float = 2.0,
         timeout_seconds: float = 10.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
@@ -71,7 +74,7 @@ class HttpController:
         self._registration = registration
         self._local = LocalController(registration.specification, state)
         self._spool_directory = spool_directory
-        self._spool: Spool | None = None
+        self._deadline_seconds = decision_deadline_seconds
         self._http = httpx.Client(
             base_url=url.rstrip("/"),
             headers={"Authorization": f"Bearer {token}"} if token else {},
@@ -79,6 +82,7 @@ class HttpController:
             transport=transport,
             trust_env=False,
         )
+        self._spool = Spool(spool_directory, run_id=run_id, registration=registration)
         self._changed = threading.Condition()
         self._unspooled: deque[NoiseScaleMeasurement] = deque()
         self._unsent: deque[NoiseScaleMeasurement] = deque()
@@ -88,11 +92,17 @@ class HttpController:
         self._attempt: int | None = None
         self._refusal: GnsError | None = None
         self._away = False
+        self._slow = False
         self._closing = False
+        self._all_spooled = False
         self._retry_at = 0.0
         self._retry_seconds = _FIRST_RETRY_SECONDS
-        self._thread = threading.Thread(target=self._send_forever, name="gns-sender", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._spool_forever, "gns-spool"), (self._send_forever, "gns-sender"))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def state(self) -> PolicyState:
@@ -124,10 +134,17 @@ class HttpController:
         """The controller's plan if its answer to that step is here in time, else the local one."""
         local = self._local.verdict(optimizer_step=optimizer_step, deadline_seconds=0)
         with self._changed:
-            self._changed.wait_for(
+            in_time = self._changed.wait_for(
                 lambda: self._answered_step >= optimizer_step or self._away or self._refusal is not None,
-                deadline_seconds,
+                0 if self._slow else deadline_seconds,
             )
+            if not in_time and not self._slow:
+                self._slow = True
+                logger.warning(
+                    "controller slow, deciding locally until it answers in time: run_id=%s deadline_seconds=%.1f",
+                    self._run_id,
+                    deadline_seconds,
+                )
             reply = self._reply
         if reply is None or reply.decision is None or reply.decision.optimizer_step != optimizer_step:
             return local
@@ -136,11 +153,13 @@ class HttpController:
         return Verdict(reply.plan, "controller", reply.decision)
 
     def close(self, *, deadline_seconds: float) -> None:
-        """Flush, then end the thread. What could not be sent stays in the spool for the next incarnation."""
+        """Flush, then end the threads. What could not be sent stays in the spool for the next incarnation."""
+        give_up_at = time.monotonic() + deadline_seconds
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(deadline_seconds)
+        for thread in self._threads:
+            thread.join(max(give_up_at - time.monotonic(), 0.0))
         left = len(self._unspooled) + len(self._unsent)
         if left:
             logger.warning(
@@ -150,34 +169,44 @@ class HttpController:
                 self._spool_directory,
             )
 
+    def _spool_forever(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self._unspooled)
+                fresh, closing = list(self._unspooled), self._closing
+            for measurement in fresh:
+                self._spool.append(measurement)
+            with self._changed:
+                for measurement in fresh:
+                    self._unspooled.popleft()
+                    self._unsent.append(measurement)
+                self._all_spooled = closing
+                self._changed.notify_all()
+            if closing:
+                return
+
     def _send_forever(self) -> None:
-        spool = Spool(self._spool_directory, run_id=self._run_id, registration=self._registration)
         while True:
             with self._changed:
                 self._changed.wait_for(self._has_work, self._seconds_until_retry())
-                fresh = list(self._unspooled)
-                self._unspooled.clear()
-                closing = self._closing
-            for measurement in fresh:
-                spool.append(measurement)
-                self._unsent.append(measurement)
-            if self._refusal is None and (closing or time.monotonic() >= self._retry_at):
-                self._try_to_send(spool)
-            if closing:
+                last_round = self._all_spooled
+            if self._refusal is None and (last_round or time.monotonic() >= self._retry_at):
+                self._try_to_send()
+            if last_round:
                 if not self._unsent:
-                    spool.remove()
+                    self._spool.remove()
                 return
 
     def _has_work(self) -> bool:
         owing = self._refusal is None and (self._attempt is None or bool(self._unsent))
-        return self._closing or bool(self._unspooled) or (owing and time.monotonic() >= self._retry_at)
+        return self._all_spooled or (owing and time.monotonic() >= self._retry_at)
 
     def _seconds_until_retry(self) -> float | None:
         if self._refusal is not None or (self._attempt is not None and not self._unsent):
             return None
         return max(self._retry_at - time.monotonic(), 0.0)
 
-    def _try_to_send(self, spool: Spool) -> None:
+    def _try_to_send(self) -> None:
         try:
             if self._attempt is None:
                 self._send_leftovers()
@@ -185,12 +214,14 @@ class HttpController:
             while self._unsent:
                 batch = [self._unsent[i] for i in range(min(len(self._unsent), _MAX_PER_REQUEST))]
                 assert self._attempt is not None
+                began = time.monotonic()
                 reply = self._post(batch, attempt=self._attempt)
+                slow = time.monotonic() - began > self._deadline_seconds
                 for _ in batch:
                     self._unsent.popleft()
                 self._num_sent += len(batch)
-                spool.mark_sent(self._num_sent)
-                self._take_reply(reply, optimizer_step=batch[-1].optimizer_step)
+                self._spool.mark_sent(self._num_sent)
+                self._take_reply(reply, optimizer_step=batch[-1].optimizer_step, slow=slow)
         except _RefusedError as refusal:
             self._take_refusal(refusal)
         except (httpx.HTTPError, ValueError) as error:
@@ -250,8 +281,9 @@ class HttpController:
             self._attempt = attempt
             self._changed.notify_all()
 
-    def _take_reply(self, reply: IngestReply | None, *, optimizer_step: int) -> None:
+    def _take_reply(self, reply: IngestReply | None, *, optimizer_step: int, slow: bool) -> None:
         with self._changed:
+            self._slow = slow
             self._answered_step = optimizer_step
             self._reply = reply or self._reply
             self._changed.notify_all()

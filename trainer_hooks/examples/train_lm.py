@@ -42,7 +42,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--run", default="train-lm", help="name of the run")
+    add("--run-id", default="train-lm", help="name of the run")
     add("--controller", default=None, help="URL of the controller; without it the policy runs in this process")
     add("--optimizer", choices=sorted(DEFAULT_LEARNING_RATES), default="muon", help="muon: matrices; AdamW: the rest")
     add("--learning-rate", type=float, default=None, help="at --batch-size; default depends on the optimizer")
@@ -135,7 +135,7 @@ class Job:
         self.session = self._attach(checkpoint)
         self.record(
             "start",
-            run=options.run,
+            run=options.run_id,
             corpus_sha256=corpus.sha256,
             train_bytes=len(corpus.train),
             validation_bytes=len(corpus.validation),
@@ -157,7 +157,7 @@ class Job:
         return AdaptiveBatch.attach(
             self.ddp_model,
             self.optimizers,
-            run=options.run,
+            run=options.run_id,
             controller=options.controller,
             global_batch_size=options.batch_size,
             micro_batch_size=options.micro_batch_size,
