@@ -142,13 +142,14 @@ class WireRun:
             loss=loss + wobble(0, 0.22) / math.sqrt(batch / 16),
             validation_loss=loss + 0.03 if self.num_reports % 24 == 0 else None,
             readings=(
-                self._reading("matrices", "spectral", noise_scale),
-                self._reading("rest", "sign", 0.6 * noise_scale),
+                self.reading("matrices", "spectral", noise_scale),
+                self.reading("rest", "sign", 0.6 * noise_scale),
             ),
         )
         return NoiseScaleMeasurement.model_validate({**measurement.model_dump(), **changes})
 
-    def _reading(self, group: str, geometry: Any, noise_scale: float) -> GroupReading:
+    def reading(self, group: str, geometry: Any, noise_scale: float) -> GroupReading:
+        """One measurement of a group by the split estimator, at this true noise scale."""
         batch = self.plan.global_batch_size
         noise_sq = 40.0 * (1 + self.random.gauss(0, 0.03))
         signal_sq = noise_sq / noise_scale

@@ -142,7 +142,7 @@ def test_readings_that_are_not_finite_are_named_and_left_out(
 ) -> None:
     run = trainer("overflow")
     run.report(10)
-    broken = run._reading("matrices", "spectral", 500.0).model_copy(update={"noise": float("nan")})
+    broken = run.reading("matrices", "spectral", 500.0).model_copy(update={"noise": float("nan")})
     run.report(readings=(broken,))
     _open_run(page, controller, "overflow")
     page.until_seen("hold not finite", ".decisions")

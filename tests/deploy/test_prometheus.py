@@ -131,7 +131,7 @@ def _feed(controller: ControllerProcess, ended: threading.Event) -> None:
         run = WireRun(client, RUN_ID).register()
         run.report(20)
         while not ended.wait(0.2):
-            broken = run._reading("matrices", "spectral", 500.0).model_copy(update={"noise": float("inf")})
+            broken = run.reading("matrices", "spectral", 500.0).model_copy(update={"noise": float("inf")})
             run.report(readings=(broken,))
             run.report(validation_loss=3.0)
             run.repeat()
