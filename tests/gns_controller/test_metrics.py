@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.gns_controller.service import Service, report
+
+READING = {"run_id": "run", "geometry": "spectral", "estimator": "rank_variance"}
+
+
+def test_run_series_equal_a_fold_done_by_hand(service: Service) -> None:
+    """noise^2 = 16 then 36, signal^2 = 1, beta = 0.9: 0.9 * 16 + 0.1 * 36 = 18. theta = 0.5 asks for 4 * 18 = 72
+    samples, floored to 64 = one full pass of 2 ranks of 32. sqrt coupling: (64 / 16)^(1/2) = 2.
+    """
+    service.register(mode="active")
+    changes = {"ceiling": 90.0}
+    service.report(report(1, noise_scale=16.0, reading_changes=changes))
+    service.report(
+        report(
+            2,
+            noise_scale=36.0,
+            reading_changes=changes,
+            batch=64,
+            micro_batch_size=32,
+            samples=80,
+            loss=3.25,
+            validation_loss=3.5,
+            step_seconds=0.25,
+            samples_per_second=256.0,
+        )
+    )
+    expected = {
+        "gns_noise_scale_samples": 18.0,
+        "gns_noise_scale_ceiling_samples": 90.0,
+        "gns_resolution_ratio": 0.2,
+        "gns_unresolved": 0.0,
+    }
+    for name, value in expected.items():
+        assert service.sample(name, **READING) == pytest.approx(value, rel=1e-12), name
+    expected = {
+        "gns_global_batch_size_samples": 64.0,
+        "gns_learning_rate_factor": 2.0,
+        "gns_loss": 3.25,
+        "gns_validation_loss": 3.5,
+        "gns_run_optimizer_step": 2.0,
+        "gns_run_samples_seen": 80.0,
+        "gns_run_budget_samples": 100_000.0,
+        "gns_step_seconds": 0.25,
+        "gns_samples_per_second": 256.0,
+        "gns_run_last_report_timestamp_seconds": service.clock.now.timestamp(),
+        "gns_run_silent": 0.0,
+    }
+    for name, value in expected.items():
+        assert service.sample(name, run_id="run") == pytest.approx(value, rel=1e-12), name
+
+
+def test_counters_count_what_was_stored_skipped_and_refused(service: Service) -> None:
+    service.register()
+    service.report(report(1, noise_scale=1.0), report(2, noise_scale=1.0))
+    service.report(report(2), report(3, noise_scale=1.0))
+    service.report(report(4, attempt=7))
+    service.report(report(1), run_id="nobody")
+    assert service.sample("gns_measurements_total") == 3
+    assert service.sample("gns_measurements_duplicate_total") == 1
+    assert service.sample("gns_measurements_rejected_total", reason="invalid-input") == 1
+    assert service.sample("gns_measurements_rejected_total", reason="unknown-run") == 1
+    assert service.sample("gns_decisions_total", reason="hold_monotone") == 3
+    assert service.sample("gns_decision_duration_seconds_count") == 3
+    assert service.sample("gns_store_commit_duration_seconds_count") == 5
+    labels = {"route": "/api/v1/runs/{run_id}/measurements", "method": "POST", "status": "200"}
+    assert service.sample("gns_http_request_duration_seconds_count", **labels) == 2
+
+
+def test_a_value_that_is_not_finite_is_left_out(service: Service) -> None:
+    service.register()
+    service.report(report(1, loss=float("nan"), step_seconds=float("inf")))
+    assert service.sample("gns_loss", run_id="run") is None
+    assert service.sample("gns_step_seconds", run_id="run") is None
+    assert service.sample("gns_run_optimizer_step", run_id="run") == 1
+
+
+@pytest.mark.parametrize(("samples", "state"), [(16, "silent"), (100_000, "finished")])
+def test_series_of_a_run_that_is_over_vanish_after_the_retention(service: Service, samples: int, state: str) -> None:
+    service.register()
+    service.report(report(1, samples=samples))
+    service.clock.pass_seconds(3599)
+    assert service.sample("gns_run_optimizer_step", run_id="run") == 1
+    assert service.sample("gns_runs", state=state) == 1
+    assert service.sample("gns_run_silent", run_id="run") == float(state == "silent")
+    service.clock.pass_seconds(2)
+    assert service.sample("gns_run_optimizer_step", run_id="run") is None
+    assert service.sample("gns_runs", state=state) == 1
+
+
+def test_only_so_many_runs_have_series_and_they_are_those_that_reported_last(
+    make_service: Callable[..., Service],
+) -> None:
+    service = make_service(metrics_max_runs=2)
+    for number in range(4):
+        service.register(f"run-{number}")
+        service.clock.pass_seconds(1)
+    service.report(report(1, run_id="run-0"), run_id="run-0")
+    shown = [number for number in range(4) if service.sample("gns_run_budget_samples", run_id=f"run-{number}")]
+    assert shown == [0, 3]
+
+
+def test_the_exposition_parses_and_every_family_is_ours_with_a_help_text(service: Service) -> None:
+    service.register()
+    service.report(report(1))
+    response = service.client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    families = list(text_string_to_metric_families(response.text))
+    assert len(families) > 20
+    for family in families:
+        assert family.name.startswith("gns_")
+        assert family.documentation
