@@ -13,7 +13,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import Engine
@@ -128,8 +127,6 @@ class Writer:
                         outcomes.append((future, result, None))
         except SQLAlchemyError as error:
             self._committed.clear()
-            with suppress(SQLAlchemyError):
-                self._engine.dispose()
             _fail(batch, running_error(error, doing="write"))
             return
         self._remember(pending)
