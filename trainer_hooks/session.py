@@ -1,7 +1,8 @@
 """The one object a training loop holds.
 
 It knows which steps are measured, what every rank's micro-batches are, and which plan is in force. It ends each
-optimizer step: read, clip, step, learning rate, report, agree on the next plan.
+optimizer step: read, clip, step, learning rate, report, agree on the next plan. Long, because the public object with
+its documented arguments is one thing to read.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from gns_controller.core.contract import (
     NoiseScaleMeasurement,
     Span,
 )
-from gns_controller.core.errors import InvalidInputError, TooFewGroupsError
+from gns_controller.core.errors import GeometryError, InvalidInputError, TooFewGroupsError
 from gns_controller.core.policies import (
     AnyPolicyConfig,
     NoiseScalePolicyConfig,
@@ -188,33 +189,30 @@ class AdaptiveBatch:
                 "wrap it first, so that gradients are averaged."
             )
         groups = find_groups(model, optimizers, geometries=geometries)
+        rules = BatchRules(
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            micro_batch_granularity=micro_batch_granularity,
+            learning_rate_coupling=learning_rate_coupling,
+            decision_delay_steps=decision_delay_steps,
+        )
+        policy = policy or NoiseScalePolicyConfig(warmup=Span(samples=max(int(0.15 * budget_samples), 1)))
+        _check_measurable(groups, policy, global_batch_size=global_batch_size, data_parallel_size=data_parallel.size)
+        if state:
+            policy_state = PolicyState.model_validate(state["policy_state"])
+        else:
+            policy_state = initial_state(rules, data_parallel_size=data_parallel.size)
         specification = RunSpecification(
-            batch=BatchRules(
-                global_batch_size=global_batch_size,
-                micro_batch_size=micro_batch_size,
-                micro_batch_granularity=micro_batch_granularity,
-                learning_rate_coupling=learning_rate_coupling,
-                decision_delay_steps=decision_delay_steps,
-            ),
+            batch=rules,
             data_parallel_size=data_parallel.size,
             budget_samples=budget_samples,
             tokens_per_sample=tokens_per_sample,
             optimizer=" + ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)),
             parameter_groups=tuple(group.description() for group in groups),
             measurement_interval=measurement_interval or Span(samples=100 * global_batch_size),
-            policy=policy or NoiseScalePolicyConfig(warmup=Span(samples=max(int(0.15 * budget_samples), 1))),
+            policy=policy,
             mode=mode,
             description=description,
-        )
-        if data_parallel.size == 1 and global_batch_size < 2:
-            raise TooFewGroupsError(
-                "one rank with one sample per step has nothing to compare: raise global_batch_size to 2 or more "
-                "(a measured step is then split into two micro-batches), or use two ranks."
-            )
-        policy_state = (
-            PolicyState.model_validate(state["policy_state"])
-            if state
-            else initial_state(specification.batch, data_parallel_size=data_parallel.size)
         )
         client = connect(
             run_id=run,
@@ -454,9 +452,9 @@ class AdaptiveBatch:
         interval = self.specification.measurement_interval
         length = interval.steps or interval.samples or 1
         position = self.optimizer_step if interval.steps is not None else self.samples_seen
-        # The step before a multiple of the interval completes on it: recorded step numbers are multiples.
         if interval.steps is not None:
-            self._next_measurement = ((position + 1) // length + 1) * length - 1
+            # Recorded step numbers are multiples: a step that begins after p steps completes as number p + 1.
+            self._next_measurement = -(-(position + 1) // length) * length - 1
         else:
             self._next_measurement = (position // length + 1) * length
 
@@ -525,3 +523,23 @@ class AdaptiveBatch:
                 plan.learning_rate_factor,
             )
         self.plan = plan
+
+
+def _check_measurable(
+    groups: Sequence[MeasuredGroup],
+    policy: AnyPolicyConfig,
+    *,
+    global_batch_size: int,
+    data_parallel_size: int,
+) -> None:
+    if data_parallel_size == 1 and global_batch_size < 2:
+        raise TooFewGroupsError(
+            "one rank with one sample per step has nothing to compare: raise global_batch_size to 2 or more "
+            "(a measured step is then split into two micro-batches), or use two ranks."
+        )
+    found = sorted({group.geometry for group in groups})
+    if policy.geometry is not None and policy.geometry not in found:
+        raise GeometryError(
+            f"the policy follows geometry {policy.geometry!r}, and no parameter group has it; "
+            f"groups have {', '.join(found)}."
+        )

@@ -91,7 +91,8 @@ class Service:
         )
         self.metrics.watch(self.controller.live_runs, num_queued=self.controller.num_queued)
         self.app = create_app(self.controller, self.settings, self.metrics)
-        self.client = httpx.Client(transport=_InProcess(self.app), base_url="http://controller", timeout=20.0)
+        self.transport = _InProcess(self.app)
+        self.client = httpx.Client(transport=self.transport, base_url="http://controller", timeout=20.0)
 
     def close(self) -> None:
         self.client.close()

@@ -43,22 +43,23 @@ def connect(
         if url is None:
             client = LocalController(specification, policy_state)
         else:
-            client = HttpController(
-                url=url,
-                run_id=run_id,
-                registration=Registration(
-                    specification=specification, incarnation=secrets.token_hex(16), resume_step=resume_step
-                ),
-                state=policy_state,
-                spool_directory=spool_directory,
-                token=token,
-                decision_deadline_seconds=decision_deadline_seconds,
-            )
             try:
+                client = HttpController(
+                    url=url,
+                    run_id=run_id,
+                    registration=Registration(
+                        specification=specification, incarnation=secrets.token_hex(16), resume_step=resume_step
+                    ),
+                    state=policy_state,
+                    spool_directory=spool_directory,
+                    token=token,
+                    decision_deadline_seconds=decision_deadline_seconds,
+                )
                 client.wait_registered(deadline_seconds=_REGISTRATION_SECONDS)
             except GnsError as error:
                 problem = error
-                client.close(deadline_seconds=1.0)
+                if client is not None:
+                    client.close(deadline_seconds=1.0)
     message = {"ok": True} if problem is None else {"error": str(problem)[:2000]}
     try:
         data_parallel.broadcast_message(message if data_parallel.rank == 0 else None)

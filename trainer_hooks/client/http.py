@@ -55,6 +55,9 @@ class HttpController:
         decision_deadline_seconds: an answer slower than this does not make anybody wait again.
         timeout_seconds: for one request of the background thread.
         transport: for tests: how requests travel.
+
+    Raises:
+        InvalidInputError: the URL has no http scheme or no host.
     """
 
     def __init__(
@@ -70,6 +73,9 @@ class HttpController:
         timeout_seconds: float = 10.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
+        address = httpx.URL(url)
+        if address.scheme not in ("http", "https") or not address.host:
+            raise InvalidInputError(f"controller={url!r} is not an address like http://127.0.0.1:8000.")
         self._run_id = run_id
         self._registration = registration
         self._local = LocalController(registration.specification, state)
@@ -224,7 +230,7 @@ class HttpController:
                 self._take_reply(reply, optimizer_step=batch[-1].optimizer_step, slow=slow)
         except _RefusedError as refusal:
             self._take_refusal(refusal)
-        except (httpx.HTTPError, ValueError) as error:
+        except (httpx.HTTPError, ValueError, OSError) as error:
             self._note_away(error)
         else:
             self._note_back()

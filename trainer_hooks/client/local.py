@@ -19,7 +19,7 @@ class LocalController:
     def __init__(self, specification: RunSpecification, state: PolicyState) -> None:
         self._specification = specification
         self._state = state
-        self._last: Decision | None = None
+        self._decisions: dict[int, Decision] = {}
 
     @property
     def state(self) -> PolicyState:
@@ -35,18 +35,20 @@ class LocalController:
 
     def report(self, measurement: NoiseScaleMeasurement) -> None:
         """Fold it."""
-        self._state, self._last = decide(
+        self._state, decision = decide(
             self._specification.policy,
             self._state,
             measurement,
             rules=self._specification.batch,
             follow_trainer=self._specification.mode == "active",
         )
+        self._decisions[measurement.optimizer_step] = decision
 
     def verdict(self, *, optimizer_step: int, deadline_seconds: float) -> Verdict:
-        """The plan of the last measurement."""
-        assert self._last is not None
-        return Verdict(self._state.plan, "local", self._last)
+        """The plan after the measurement of that step, which must have been reported. Older ones are forgotten."""
+        self._decisions = {step: kept for step, kept in self._decisions.items() if step >= optimizer_step}
+        decision = self._decisions[optimizer_step]
+        return Verdict(decision.plan, "local", decision)
 
     def close(self, *, deadline_seconds: float) -> None:
         """Nothing is left open."""

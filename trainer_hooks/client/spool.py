@@ -51,6 +51,8 @@ class Spool:
 
     def remove(self) -> None:
         """Everything is acknowledged."""
+        if self._broken:
+            return
         for path in (self._path, self._sent_path):
             path.unlink(missing_ok=True)
 

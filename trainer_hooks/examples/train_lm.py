@@ -328,6 +328,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             job.run()
         finally:
             job.close()
+        if dist.is_initialized():
+            dist.barrier()
     except (GnsError, ValidationError, OSError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"train_lm: {error}", file=sys.stderr, flush=True)
