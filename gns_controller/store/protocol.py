@@ -87,7 +87,7 @@ class Transaction(Protocol):
         ...
 
     def append(self, entries: Sequence[NewEntry]) -> list[int]:
-        """Write log lines; returns their sequence numbers, ascending."""
+        """Write log lines of one run, at least one; returns their sequence numbers, ascending."""
         ...
 
     def known_steps(self, run_id: str, *, attempt: int, first: int, last: int) -> set[int]:

@@ -134,7 +134,10 @@ class SqlTransaction:
         self.changed[head.run_id] = head
 
     def append(self, entries: Sequence[NewEntry]) -> list[int]:
-        """Write log lines; returns their sequence numbers, ascending."""
+        """Write log lines of one run; returns their sequence numbers, ascending.
+
+        They are read back instead of returned by the insert, which SQLite would then run row by row.
+        """
         rows = [
             {
                 "run_id": entry.run_id,
@@ -149,8 +152,14 @@ class SqlTransaction:
             }
             for entry in entries
         ]
-        statement = insert(log).returning(log.c.sequence, sort_by_parameter_order=True)
-        return list(self.connection.execute(statement, rows).scalars())
+        self.connection.execute(insert(log), rows)
+        written = (
+            select(log.c.sequence)
+            .where(log.c.run_id == entries[0].run_id)
+            .order_by(log.c.sequence.desc())
+            .limit(len(entries))
+        )
+        return list(self.connection.execute(written).scalars())[::-1]
 
     def known_steps(self, run_id: str, *, attempt: int, first: int, last: int) -> set[int]:
         """Those optimizer steps from first to last that this attempt has measurements of."""

@@ -16,7 +16,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gns_controller.metrics import Metrics
 from gns_controller.settings import Settings
 from gns_controller.tokens import is_accepted
-from gns_controller.web.problems import BODY_TOO_LARGE, INTERNAL_ERROR, UNAUTHORIZED, ProblemError, problem_response
+from gns_controller.web.problems import (
+    BODY_TOO_LARGE,
+    INTERNAL_ERROR,
+    UNAUTHORIZED,
+    ProblemError,
+    RequestNotes,
+    problem_response,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +61,7 @@ class Gate:
         headers = Headers(scope=scope)
         asked = headers.get("x-request-id", "")
         request_id = asked if _SAFE_REQUEST_ID.fullmatch(asked) else secrets.token_hex(8)
-        scope["gns_request_id"] = request_id
+        notes = scope["gns_notes"] = RequestNotes(request_id)
         status = 0
 
         async def send_with_headers(message: Message) -> None:
@@ -73,6 +80,7 @@ class Gate:
             self._admit(scope, headers)
             await self._app(scope, self._limited(receive), send_with_headers)
         except ProblemError as error:
+            notes.problem = error.kind.slug
             await problem_response(error, request_id=request_id)(scope, receive, send_with_headers)
         except Exception:
             logger.exception("request failed: request_id=%s method=%s", request_id, scope["method"])
@@ -81,7 +89,7 @@ class Gate:
             failure = ProblemError(INTERNAL_ERROR, "The controller has failed; its log has the request_id.")
             await problem_response(failure, request_id=request_id)(scope, receive, send_with_headers)
         finally:
-            self._observe(scope, status or 499, time.perf_counter() - began)
+            self._observe(scope, notes, status=status or 499, seconds=time.perf_counter() - began)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         path = scope["path"]
@@ -119,7 +127,9 @@ class Gate:
             headers={"Connection": "close"},
         )
 
-    def _observe(self, scope: Scope, status: int, seconds: float) -> None:
+    def _observe(self, scope: Scope, notes: RequestNotes, *, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.http_seconds.labels(route=route, method=method, status=status).observe(seconds)
+        if notes.problem is not None and method == "POST" and scope["path"].endswith("/measurements"):
+            self._metrics.rejected.labels(reason=notes.problem).inc()

@@ -177,9 +177,20 @@ def problem_of(error: GnsError) -> ProblemError:
     return ProblemError(INTERNAL_ERROR, "The controller has failed; its log has the request_id.")
 
 
-def request_id_of(request: Request) -> str:
-    """As the gate has set it."""
-    return str(request.scope.get("gns_request_id", ""))
+class RequestNotes:
+    """What the gate and the handlers tell each other about one request."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.problem: str | None = None
+
+
+def answer(request: Request, error: ProblemError) -> Response:
+    """The problem as a response, noted for the gate."""
+    notes = request.scope["gns_notes"]
+    assert isinstance(notes, RequestNotes)
+    notes.problem = error.kind.slug
+    return problem_response(error, request_id=notes.request_id)
 
 
 def _allowed_methods(request: Request) -> set[str]:
@@ -196,17 +207,17 @@ def add_handlers(app: FastAPI) -> None:
 
     async def on_problem(request: Request, error: Exception) -> Response:
         assert isinstance(error, ProblemError)
-        return problem_response(error, request_id=request_id_of(request))
+        return answer(request, error)
 
     async def on_gns_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, GnsError)
-        return problem_response(problem_of(error), request_id=request_id_of(request))
+        return answer(request, problem_of(error))
 
     async def on_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         errors = [FieldProblem(parameter=str(e["loc"][-1]), detail=str(e["msg"])) for e in error.errors()]
         problem = ProblemError(INVALID_INPUT, "A parameter of the request is not valid.", errors=errors)
-        return problem_response(problem, request_id=request_id_of(request))
+        return answer(request, problem)
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -218,7 +229,7 @@ def add_handlers(app: FastAPI) -> None:
         if kind is METHOD_NOT_ALLOWED:
             headers["Allow"] = ", ".join(sorted(_allowed_methods(request)))
         problem = ProblemError(kind, f"{kind.title}.", headers=headers)
-        return problem_response(problem, request_id=request_id_of(request))
+        return answer(request, problem)
 
     app.add_exception_handler(ProblemError, on_problem)
     app.add_exception_handler(GnsError, on_gns_error)

@@ -11,7 +11,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from gns_controller.core.contract import FrozenModel, NoiseScaleMeasurement
-from gns_controller.core.errors import GnsError
 from gns_controller.core.runs import (
     DecisionPage,
     IngestReply,
@@ -36,7 +35,7 @@ from gns_controller.web.dependencies import (
     json_response,
 )
 from gns_controller.web.openapi import body_of, problems
-from gns_controller.web.problems import INVALID_INPUT, FieldProblem, ProblemError, problem_of
+from gns_controller.web.problems import INVALID_INPUT, FieldProblem, ProblemError
 
 router = APIRouter(prefix="/api/v1", tags=["runs"])
 
@@ -78,13 +77,8 @@ async def report(
     run_id: RunIdPath, body: Annotated[MeasurementsBody, Depends(json_body(MeasurementsBody))], service: ServiceDep
 ) -> Response:
     """Record measurements and answer the plan to follow. 200 means: on disk. Idempotent per optimizer_step."""
-    try:
-        _refuse_too_many(body, service)
-        reply = await asyncio.wrap_future(service.controller.ingest(run_id, body.measurements))
-    except (GnsError, ProblemError) as error:
-        problem = error if isinstance(error, ProblemError) else problem_of(error)
-        service.metrics.rejected.labels(reason=problem.kind.slug).inc()
-        raise
+    _refuse_too_many(body, service)
+    reply = await asyncio.wrap_future(service.controller.ingest(run_id, body.measurements))
     return json_response(reply)
 
 

@@ -62,10 +62,13 @@ def test_counters_count_what_was_stored_skipped_and_refused(service: Service) ->
     service.report(report(2), report(3, noise_scale=1.0))
     service.report(report(4, attempt=7))
     service.report(report(1), run_id="nobody")
+    service.report({})
+    service.client.post("/api/v1/runs/run/measurements", content=b"{")
     assert service.sample("gns_measurements_total") == 3
     assert service.sample("gns_measurements_duplicate_total") == 1
-    assert service.sample("gns_measurements_rejected_total", reason="invalid-input") == 1
+    assert service.sample("gns_measurements_rejected_total", reason="invalid-input") == 2
     assert service.sample("gns_measurements_rejected_total", reason="unknown-run") == 1
+    assert service.sample("gns_measurements_rejected_total", reason="unsupported-media-type") == 1
     assert service.sample("gns_decisions_total", reason="hold_monotone") == 3
     assert service.sample("gns_decision_duration_seconds_count") == 3
     assert service.sample("gns_store_commit_duration_seconds_count") == 5
