@@ -11,6 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
+# Debian keeps initdb and pg_ctl out of PATH.
+export PATH := $(PATH):$(lastword $(wildcard /usr/lib/postgresql/*/bin))
 
 .PHONY: demo serve test test-fast check tools clean
 

@@ -1,8 +1,10 @@
 #!/bin/sh
-# Chromium, its driver and Prometheus with promtool, for the tests that use real ones. Debian and Ubuntu, as root.
+# Chromium and its driver, Prometheus with promtool, PostgreSQL: for the tests that use real ones. Debian and Ubuntu, as
+# root. Debian keeps initdb out of PATH, under /usr/lib/postgresql.
 set -u
+PATH="$PATH:$(echo /usr/lib/postgresql/*/bin | tr ' ' ':')"
 missing=""
-for pair in chromium:chromium chromedriver:chromium-driver prometheus:prometheus promtool:prometheus; do
+for pair in chromium:chromium chromedriver:chromium-driver prometheus:prometheus promtool:prometheus initdb:postgresql; do
     command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair##*:}"
 done
 [ -z "$missing" ] && exit 0
