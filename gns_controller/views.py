@@ -22,7 +22,9 @@ def run_state(head: RunHead, *, now: datetime, silent_after_seconds: float) -> R
     measurement = head.last_measurement
     if measurement is None or head.last_report_at is None:
         return "registered"
-    if measurement.attempt == head.attempt and measurement.samples_seen >= head.specification.budget_samples:
+    # A remainder smaller than one sample per rank is left over.
+    left = head.specification.budget_samples - measurement.samples_seen
+    if measurement.attempt == head.attempt and left < measurement.data_parallel_size:
         return "finished"
     patience = max(silent_after_seconds, _SILENT_GAPS * (head.usual_gap_seconds or 0.0))
     quiet = now - max(head.last_report_at, head.attempt_at)

@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
@@ -29,6 +31,7 @@ from gns_controller.core.contract import (
     Geometry,
     GroupReading,
     NoiseScaleMeasurement,
+    RunId,
     Span,
 )
 from gns_controller.core.errors import GeometryError, InvalidInputError, TooFewGroupsError
@@ -42,8 +45,8 @@ from gns_controller.core.policies import (
 from gns_controller.core.runs import RunSpecification
 from trainer_hooks.batching import SampleStream
 from trainer_hooks.batching.schedule import LearningRateSchedule
-from trainer_hooks.capture import GradientCapture, MeasuredGroup, find_groups, read_groups
-from trainer_hooks.client import Controller, connect
+from trainer_hooks.capture import DEFAULT_EXCLUDE, GradientCapture, MeasuredGroup, find_groups, read_groups
+from trainer_hooks.client import Controller, Verdict, connect
 from trainer_hooks.collectives import DataParallelGroup, broadcast_plan
 from trainer_hooks.steps import Step
 
@@ -124,6 +127,7 @@ class AdaptiveBatch:
         measurement_interval: Span | None = None,
         estimators: Sequence[Estimator] | None = None,
         geometries: Mapping[str, Geometry] | None = None,
+        exclude: str = DEFAULT_EXCLUDE,
         min_sample_groups: int = 2,
         micro_batch_granularity: int = 1,
         learning_rate_coupling: LearningRateCoupling = "sqrt",
@@ -155,6 +159,8 @@ class AdaptiveBatch:
             measurement_interval: distance between measured steps. Default 100 steps' worth of samples at the start.
             estimators: what to measure; default: what the policy follows.
             geometries: optimizer class name -> geometry, for optimizers we do not know.
+            exclude: regular expression; parameters whose name it finds are not measured beside a spectral group.
+                Default: embeddings and heads.
             min_sample_groups: cut measured steps into at least this many micro-batches over all ranks.
             micro_batch_granularity: below one full pass micro-batches shrink in multiples of this.
             learning_rate_coupling: "sqrt", "linear" or "none".
@@ -178,17 +184,23 @@ class AdaptiveBatch:
             RunConflictError: the controller knows this run with another specification.
             InvalidInputError: anything else that cannot be.
         """
+        _check_names(run, estimators or [], policy)
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         if process_group is None and isinstance(model, DistributedDataParallel):
             process_group = model.process_group
         device = next(model.parameters()).device
         data_parallel = DataParallelGroup.find(device, process_group)
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise InvalidInputError(
+                "the model's parameters are sharded (FSDP2 or tensor parallel), which is not supported yet; "
+                "DistributedDataParallel and single processes are."
+            )
         if data_parallel.size > 1 and not isinstance(model, DistributedDataParallel):
             raise InvalidInputError(
                 f"{data_parallel.size} ranks, but the model is not wrapped in DistributedDataParallel: "
                 "wrap it first, so that gradients are averaged."
             )
-        groups = find_groups(model, optimizers, geometries=geometries)
+        groups = find_groups(model, optimizers, geometries=geometries, exclude=exclude)
         rules = BatchRules(
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
@@ -204,7 +216,7 @@ class AdaptiveBatch:
             policy_state = initial_state(rules, data_parallel_size=data_parallel.size)
         specification = RunSpecification(
             batch=rules,
-            data_parallel_size=data_parallel.size,
+            data_parallel_size=int(state["data_parallel_size"]) if state else data_parallel.size,
             budget_samples=budget_samples,
             tokens_per_sample=tokens_per_sample,
             optimizer=" + ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)),
@@ -393,6 +405,7 @@ class AdaptiveBatch:
         shared = self.data_parallel.broadcast_message(message)
         return {
             "version": 1,
+            "data_parallel_size": self.specification.data_parallel_size,
             "optimizer_step": self.optimizer_step,
             "samples_seen": self.samples_seen,
             "plan": self.plan.model_dump(mode="json"),
@@ -410,7 +423,9 @@ class AdaptiveBatch:
             raise InvalidInputError("the checkpoint's optimizers have other parameter groups than these.")
         self.optimizer_step = int(state["optimizer_step"])
         self.samples_seen = int(state["samples_seen"])
-        self.plan = self._reachable_plan(BatchPlan.model_validate(state["plan"]))
+        # A plan decided but not yet in force when the checkpoint was taken is in force now.
+        decided = state["plan"] if self.specification.mode == "shadow" else state["policy_state"]["plan"]
+        self.plan = self._reachable_plan(BatchPlan.model_validate(decided))
         self._base_learning_rates = [list(rates) for rates in state["base_learning_rates"]]
         self._next_measurement = int(state["next_measurement"])
         self._capture = None
@@ -498,6 +513,7 @@ class AdaptiveBatch:
     def _exchange(self, effective_step: int) -> None:
         """All ranks take rank 0's plan. Rank 0 waits for the controller no longer than the deadline."""
         proposed: BatchPlan | None = None
+        verdict: Verdict | None = None
         if self._controller is not None:
             try:
                 verdict = self._controller.verdict(
@@ -505,8 +521,6 @@ class AdaptiveBatch:
                     deadline_seconds=self._deadline_seconds,
                 )
                 proposed = verdict.plan
-                if self._on_decision is not None:
-                    self._on_decision(verdict.decision, verdict.source)
             except Exception:
                 # Whatever fails here, the other ranks wait in the broadcast: keep the plan and go on.
                 logger.exception("no decision, keeping plan: run_id=%s optimizer_step=%d", self.run_id, effective_step)
@@ -523,6 +537,25 @@ class AdaptiveBatch:
                 plan.learning_rate_factor,
             )
         self.plan = plan
+        if verdict is not None and self._on_decision is not None:
+            self._on_decision(verdict.decision, verdict.source)
+
+
+def _check_names(run: str, estimators: Sequence[str], policy: AnyPolicyConfig | None) -> None:
+    try:
+        TypeAdapter(RunId).validate_python(run)
+    except ValidationError:
+        raise InvalidInputError(
+            f"run={run!r} is not a name: 1 to 128 letters, digits, dots, underscores and hyphens, "
+            "a letter or digit first."
+        ) from None
+    unknown = sorted(set(estimators) - set(get_args(Estimator)))
+    if unknown:
+        raise InvalidInputError(f"estimators {unknown} do not exist; there are {', '.join(get_args(Estimator))}.")
+    if policy is not None and estimators and policy.estimator not in estimators:
+        raise InvalidInputError(
+            f"the policy follows {policy.estimator}, and estimators={list(estimators)} does not measure it."
+        )
 
 
 def _check_measurable(

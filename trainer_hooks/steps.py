@@ -84,8 +84,8 @@ class Step:
     def apply(self) -> None:
         """Measure, clip, step, zero the gradients, report, agree on the next plan. Every rank."""
         session = self._session
-        session.measure()
         session.set_learning_rates()
+        session.measure()
         if session.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(session.model.parameters(), session.max_grad_norm)
         for optimizer in session.optimizers:

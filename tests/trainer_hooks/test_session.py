@@ -211,3 +211,40 @@ def test_the_groups_follow_from_the_optimizers() -> None:
     found = [(g.name, g.geometry, g.optimizer, len(g.parameters)) for g in session.groups]
     assert found == [("matrices", "spectral", "Muon", 1), ("others", "sign", "AdamW", 2)]
     assert "matrices (Muon -> spectral, 1 tensors)" in session.describe()
+
+
+def test_a_checkpoint_between_a_measurement_and_its_plan_keeps_the_decision() -> None:
+    ramp = StagesPolicyConfig(stages=(Stage(from_samples=16, global_batch_size=12),))
+    model = network()
+    first = attach(model, policy=ramp, measurement_interval=Span(steps=2))
+    train(first, until=2)
+    assert first.plan.global_batch_size == 8
+    second = attach(model, policy=ramp, measurement_interval=Span(steps=2), state=first.state_dict())
+    assert second.plan.global_batch_size == 12
+
+
+def test_resuming_with_a_start_batch_that_fewer_ranks_cannot_make_takes_the_nearest_below() -> None:
+    saved = attach(network(), global_batch_size=32, policy=HoldPolicyConfig()).state_dict()
+    saved["plan"]["global_batch_size"] = saved["policy_state"]["plan"]["global_batch_size"] = 40
+    resumed = attach(network(), global_batch_size=32, policy=HoldPolicyConfig(), state=saved)
+    assert resumed.plan.global_batch_size == 32
+
+
+def test_embeddings_with_sparse_gradients_are_left_out_and_training_goes_on() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(24, 1))
+    session = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), policy=HoldPolicyConfig(), budget_samples=64)
+    assert [len(group.parameters) for group in session.groups] == [2]
+    for step in session.steps(torch.randint(0, 10, (64, 6))):
+        for tokens in step:
+            step.backward(model(tokens).square().mean())
+        step.apply()
+    assert session.samples_seen == 64
+
+
+def test_names_are_checked_at_attach() -> None:
+    with pytest.raises(InvalidInputError, match="run='x y' is not a name"):
+        attach(network(), run="x y")
+    with pytest.raises(InvalidInputError, match="there are rank_variance, split"):
+        attach(network(), estimators=["foo"])
+    with pytest.raises(InvalidInputError, match="does not measure it"):
+        attach(network(), policy=NoiseScalePolicyConfig(), estimators=["rank_variance"])

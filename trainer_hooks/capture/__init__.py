@@ -2,10 +2,11 @@
 
 from trainer_hooks.capture.accumulators import SignedAccumulator, SpreadAccumulator
 from trainer_hooks.capture.ddp import GradientCapture
-from trainer_hooks.capture.groups import MeasuredGroup, find_groups
+from trainer_hooks.capture.groups import DEFAULT_EXCLUDE, MeasuredGroup, find_groups
 from trainer_hooks.capture.readings import Counts, read_groups
 
 __all__ = [
+    "DEFAULT_EXCLUDE",
     "Counts",
     "GradientCapture",
     "MeasuredGroup",

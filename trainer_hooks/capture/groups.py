@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from gns_controller.core.contract import Geometry, ParameterGroup
 from gns_controller.core.errors import GeometryError
+
+logger = logging.getLogger(__name__)
 
 GEOMETRY_OF_OPTIMIZER: dict[str, Geometry] = {
     "Muon": "spectral",
@@ -79,6 +82,13 @@ def find_groups(
         GeometryError: an optimizer of unknown geometry, or nothing left to measure.
     """
     known = GEOMETRY_OF_OPTIMIZER | dict(geometries or {})
+    sparse = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+    }
+    if sparse:
+        logger.info("embeddings with sparse gradients are not measured: count=%d", len(sparse))
     names = {id(parameter): name.removeprefix("module.") for name, parameter in model.named_parameters()}
     found: dict[tuple[str, Geometry], tuple[list[Tensor], list[dict[str, Any]]]] = {}
     for optimizer in optimizers:
@@ -90,7 +100,7 @@ def find_groups(
             )
         for param_group in optimizer.param_groups:
             for parameter in param_group["params"]:
-                if not parameter.requires_grad:
+                if not parameter.requires_grad or id(parameter) in sparse:
                     continue
                 geometry = known[kind]
                 if geometry == "spectral" and parameter.ndim != 2:

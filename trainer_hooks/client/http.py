@@ -199,8 +199,7 @@ class HttpController:
             if self._refusal is None and (last_round or time.monotonic() >= self._retry_at):
                 self._try_to_send()
             if last_round:
-                if not self._unsent:
-                    self._spool.remove()
+                self._spool.close(everything_sent=not self._unsent)
                 return
 
     def _has_work(self) -> bool:
@@ -314,7 +313,8 @@ class HttpController:
             )
         with self._changed:
             self._away = True
-            self._retry_at = time.monotonic() + self._retry_seconds * random.uniform(0.5, 1.0)
+            pause = max(self._retry_seconds * random.uniform(0.5, 1.0), _retry_after_seconds(error))
+            self._retry_at = time.monotonic() + pause
             self._retry_seconds = min(2 * self._retry_seconds, _LONGEST_RETRY_SECONDS)
             self._changed.notify_all()
 
@@ -323,6 +323,14 @@ class HttpController:
             logger.warning("controller back, spool sent: run_id=%s", self._run_id)
         with self._changed:
             self._away, self._retry_at, self._retry_seconds = False, 0.0, _FIRST_RETRY_SECONDS
+
+
+def _retry_after_seconds(error: Exception) -> float:
+    """What a 429 or 503 asks for, within reason."""
+    if not isinstance(error, httpx.HTTPStatusError):
+        return 0.0
+    asked = error.response.headers.get("retry-after", "")
+    return min(float(asked), _LONGEST_RETRY_SECONDS) if asked.isdigit() else 0.0
 
 
 def _raise_unless_accepted(response: httpx.Response) -> None:

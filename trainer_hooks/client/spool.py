@@ -9,11 +9,14 @@ incarnation ends. Losing the count costs nothing: the controller knows duplicate
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from pydantic import ValidationError
 
@@ -24,14 +27,16 @@ logger = logging.getLogger(__name__)
 
 
 class Spool:
-    """One incarnation's file. A disk that fails is logged once and costs durability, not training."""
+    """One incarnation's file, locked while it lives. A disk that fails is logged once; it costs durability only."""
 
     def __init__(self, directory: Path, *, run_id: str, registration: Registration) -> None:
         self._path = directory / run_id / f"{registration.incarnation}.jsonl"
         self._sent_path = self._path.with_suffix(".sent")
-        self._broken = False
+        self._file: IO[str] | None = None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a")
+            _try_to_lock(self._file)
         except OSError as error:
             self._give_up(error)
         self._append(registration.model_dump_json())
@@ -42,36 +47,41 @@ class Spool:
 
     def mark_sent(self, count: int) -> None:
         """Remember that the first `count` measurements are the controller's."""
-        if self._broken:
+        if self._file is None:
             return
         try:
             self._sent_path.write_text(str(count))
         except OSError as error:
             self._give_up(error)
 
-    def remove(self) -> None:
-        """Everything is acknowledged."""
-        if self._broken:
+    def close(self, *, everything_sent: bool) -> None:
+        """Let go of the file; remove it where the controller has all of it."""
+        if self._file is None:
             return
-        for path in (self._path, self._sent_path):
-            path.unlink(missing_ok=True)
+        if everything_sent:
+            for path in (self._path, self._sent_path):
+                path.unlink(missing_ok=True)
+        self._file.close()
+        self._file = None
 
     def _append(self, line: str) -> None:
-        if self._broken:
+        if self._file is None:
             return
         try:
-            with self._path.open("a") as file:
-                file.write(line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            self._file.write(line + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         except OSError as error:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        self._broken = True
         logger.warning(
             "spool cannot be written, measurements stay in memory until sent: path=%s error=%s", self._path, error
         )
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file = None
 
 
 class LeftoverSpool:
@@ -103,13 +113,33 @@ def leftovers(directory: Path, *, run_id: str, except_incarnation: str) -> Itera
     if not folder.is_dir():
         return
     for path in sorted(folder.glob("*.jsonl"), key=lambda found: found.stat().st_mtime):
-        if path.stem == except_incarnation:
+        if path.stem == except_incarnation or _is_alive(path):
             continue
         try:
             yield LeftoverSpool(path)
         except (ValidationError, StopIteration, OSError, UnicodeDecodeError) as error:
             logger.warning("spool file is unreadable, set aside: path=%s error=%s", path, type(error).__name__)
             path.rename(path.with_suffix(".unreadable"))
+
+
+def _try_to_lock(file: IO[str]) -> bool:
+    """Whether nobody else holds the file. A file system without locks locks nothing."""
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _is_alive(path: Path) -> bool:
+    """Whether another job of this name is still writing it: then it is not a leftover."""
+    try:
+        with path.open() as file:
+            return not _try_to_lock(file)
+    except OSError:
+        return False
 
 
 def _readable(lines: Iterator[str], path: Path) -> Iterator[NoiseScaleMeasurement]:

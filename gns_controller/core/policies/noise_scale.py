@@ -15,6 +15,7 @@ from pydantic import Field
 
 from gns_controller.core.contract import NoiseScaleMeasurement, PositiveCount, Reason, Span
 from gns_controller.core.policies.fold import PolicyConfig, PolicyState, Proposal
+from gns_controller.core.smoothing import MIN_SPLIT_MEASUREMENTS
 
 KAPPA = {"rank_variance": 1.0, "split": math.pi / 2}
 
@@ -84,8 +85,8 @@ def _unresolved_clause(state: PolicyState) -> str:
     if smoothed is None or smoothed.estimator == "rank_variance":
         return "the reading sits at its pure-noise ceiling: the noise scale is at least about this batch."
     signal = smoothed.signal_sq
-    if math.isinf(signal.standard_error):
-        return "one measurement cannot tell signal from noise."
+    if signal.count < MIN_SPLIT_MEASUREMENTS:
+        return f"{signal.count} of the {MIN_SPLIT_MEASUREMENTS} measurements that a standard error needs."
     return (
         f"signal {signal.mean:.3g} +- {signal.standard_error:.2g} after {signal.count} measurements "
         "cannot be told from noise."

@@ -214,3 +214,19 @@ def test_a_torn_line_in_an_old_spool_is_left_out(service: Any, tmp_path: Path) -
     client_for(Wire(service.transport), tmp_path).close(deadline_seconds=10)
     assert steps_stored(service) == [(0, 50)]
     assert [path.name for path in folder.iterdir()] == ["nonsense.unreadable"]
+
+
+def test_the_spool_of_a_job_that_still_runs_is_not_taken_for_a_leftover(service: Any, tmp_path: Path) -> None:
+    wire = Wire(service.transport)
+    wire.instead = refuse
+    living = client_for(wire, tmp_path)
+    living.report(measurement(100, reading(noise_scale=8.0)))
+    spool = tmp_path / "spool" / "run" / "first-incarnation.jsonl"
+    for _ in range(500):
+        if len(spool.read_text().splitlines()) == 2:
+            break
+        threading.Event().wait(0.01)
+    client_for(Wire(service.transport), tmp_path, incarnation="second-incarnation").close(deadline_seconds=10)
+    assert len(spool.read_text().splitlines()) == 2
+    assert steps_stored(service) == []
+    living.close(deadline_seconds=10)
