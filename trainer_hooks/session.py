@@ -538,7 +538,10 @@ class AdaptiveBatch:
             )
         self.plan = plan
         if verdict is not None and self._on_decision is not None:
-            self._on_decision(verdict.decision, verdict.source)
+            try:
+                self._on_decision(verdict.decision, verdict.source)
+            except Exception:
+                logger.exception("on_decision failed, training goes on: run_id=%s", self.run_id)
 
 
 def _check_names(run: str, estimators: Sequence[str], policy: AnyPolicyConfig | None) -> None:
