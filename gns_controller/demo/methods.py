@@ -21,7 +21,10 @@ LEARNING_RATES = {"muon": 0.016, "adamw": 0.008, "signum": 0.001}
 PUBLISHED_THETA = 0.8
 SPLIT_THETA = 2.0
 """Calibrated on this job; another estimator needs another theta (docs/evidence/demo.md)."""
-MEASUREMENT_INTERVAL_STEPS = 25
+PUBLISHED_INTERVAL_STEPS = 25
+SPLIT_INTERVAL_STEPS = 10
+SPLIT_BETA = 0.96
+"""The split signal is noisier per measurement and needs more of them: an average over the same 250 steps."""
 NUM_RAMP_STAGES = 16
 
 
@@ -36,6 +39,7 @@ class Method:
     batch_size: int
     learning_rate: float
     policy: AnyPolicyConfig
+    interval_steps: int = PUBLISHED_INTERVAL_STEPS
 
     def arguments(self) -> list[str]:
         """For the example job."""
@@ -43,7 +47,7 @@ class Method:
             *("--batch-size", str(self.batch_size)),
             *("--learning-rate", str(self.learning_rate)),
             *("--policy", json.dumps(self.policy.model_dump(mode="json"))),
-            *("--measurement-interval-steps", str(MEASUREMENT_INTERVAL_STEPS)),
+            *("--measurement-interval-steps", str(self.interval_steps)),
             *("--min-sample-groups", "4"),
         ]
 
@@ -53,13 +57,20 @@ def closed_methods(optimizer: str, *, budget_samples: int) -> list[Method]:
     rate = LEARNING_RATES[optimizer]
     warmup = Span(samples=int(0.15 * budget_samples))
     published = NoiseScalePolicyConfig.published(noise_tolerance=PUBLISHED_THETA, warmup=warmup)
-    split = NoiseScalePolicyConfig(noise_tolerance=SPLIT_THETA, warmup=warmup)
+    split = NoiseScalePolicyConfig(
+        noise_tolerance=SPLIT_THETA,
+        warmup=warmup,
+        noise_beta=SPLIT_BETA,
+        signal_beta=SPLIT_BETA,
+        growth_cap=2.0,
+        dwell=Span(samples=max(budget_samples // 48, 1)),
+    )
     constant = HoldPolicyConfig()
     return [
         Method("constant", f"constant {START_BATCH}", START_BATCH, rate, constant),
         Method("constant4x", f"constant {4 * START_BATCH} (lr x2)", 4 * START_BATCH, 2 * rate, constant),
         Method("published", f"published rule (theta {PUBLISHED_THETA:g})", START_BATCH, rate, published),
-        Method("split", f"split rule (theta {SPLIT_THETA:g})", START_BATCH, rate, split),
+        Method("split", f"split rule (theta {SPLIT_THETA:g})", START_BATCH, rate, split, SPLIT_INTERVAL_STEPS),
     ]
 
 
