@@ -96,5 +96,44 @@ def summarize(results: list[RunResult]) -> list[dict[str, Any]]:
     ]
 
 
+def markdown_report(rows: list[dict[str, Any]], *, settings: str, start: dict[str, Any], machine: str) -> str:
+    """The table and what it was measured on, for docs."""
+    lines = [
+        f"{settings}. Machine: {machine}. Text: {start['train_bytes']} bytes to train on, "
+        f"{start['validation_bytes']} to validate, sha256 `{start['corpus_sha256']}`.",
+        "",
+        "| method | validation loss | steps | of baseline's | samples | seconds | steps to baseline's best, strictly "
+        "| within 0.5 % | resolution | unresolved |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            row["title"],
+            f"{row['validation_loss']:.4f}",
+            row["optimizer_steps"],
+            f"{row['total_steps_ratio']:.1%}",
+            row["samples"],
+            f"{row['seconds']:.0f}",
+            steps_text(row["steps_to_baseline_best"], row["steps_saved_strict"]),
+            steps_text(row["steps_to_within_half_percent"], row["steps_saved_near"]),
+            number_text(row["median_resolution"], "{:.2f}"),
+            number_text(row["unresolved_share"], "{:.0%}"),
+        ]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def steps_text(steps: int | None, saved: float | None) -> str:
+    """Steps and the share saved, or that they were not enough."""
+    if steps is None or saved is None:
+        return "not reached"
+    return f"{steps} ({0.0 - 100 * saved:+.0f} %)"
+
+
+def number_text(value: float | None, form: str) -> str:
+    """A number, or a dash."""
+    return "-" if value is None else form.format(value)
+
+
 def _saved(steps: int | None, baseline_steps: int | None) -> float | None:
     return None if steps is None or not baseline_steps else 1 - steps / baseline_steps

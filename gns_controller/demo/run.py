@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from rich.table import Table
 from gns_controller.core.errors import GnsError, MissingDependencyError
 from gns_controller.demo.methods import Method, closed_methods, open_loop_twin
 from gns_controller.demo.plot import plot_results
-from gns_controller.demo.results import RunResult, summarize
+from gns_controller.demo.results import RunResult, markdown_report, number_text, steps_text, summarize
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
         plot_results(results, plot_path, subtitle=subtitle)
         summary = {"settings": subtitle, "corpus_sha256": results[0].start["corpus_sha256"], "rows": rows}
         (settings.output / "demo.json").write_text(json.dumps(summary, indent=2) + "\n")
+        machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+        report = markdown_report(rows, settings=subtitle, start=results[0].start, machine=machine)
+        (settings.output / "demo.md").write_text(report)
         _tell(rows, subtitle, results[0].start, console)
         console.print(f"Plot: {plot_path}    Numbers: {settings.output / 'demo.json'}")
         if not settings.exit_at_end:
@@ -211,10 +215,10 @@ def _tell(rows: list[dict[str, Any]], subtitle: str, start: dict[str, Any], cons
         )
         targets.add_row(
             row["title"],
-            _steps(row["steps_to_baseline_best"], row["steps_saved_strict"]),
-            _steps(row["steps_to_within_half_percent"], row["steps_saved_near"]),
-            _number(row["median_resolution"], "{:.2f}"),
-            _number(row["unresolved_share"], "{:.0%}"),
+            steps_text(row["steps_to_baseline_best"], row["steps_saved_strict"]),
+            steps_text(row["steps_to_within_half_percent"], row["steps_saved_near"]),
+            number_text(row["median_resolution"], "{:.2f}"),
+            number_text(row["unresolved_share"], "{:.0%}"),
         )
     console.print(results)
     console.print(targets)
@@ -228,13 +232,3 @@ def _tell(rows: list[dict[str, Any]], subtitle: str, start: dict[str, Any], cons
         "could be told from noise. A published reading above 0.7 says 'at least'; a split reading above 1 holds the "
         "batch. The published rule acts on unresolved readings, the split rule does not."
     )
-
-
-def _steps(steps: int | None, saved: float | None) -> str:
-    if steps is None or saved is None:
-        return "not reached"
-    return f"{steps} ({0.0 - 100 * saved:+.0f} %)"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
