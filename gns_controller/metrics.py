@@ -18,9 +18,8 @@ from prometheus_client.registry import Collector
 
 from gns_controller.core.contract import Decision, NoiseScaleMeasurement
 from gns_controller.core.errors import StoreError
-from gns_controller.core.policies import AnyPolicyConfig
-from gns_controller.core.policies.fold import followed_reading
 from gns_controller.core.runs import RunState
+from gns_controller.core.smoothing import SmoothedNoiseScale
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,8 @@ class LiveRun:
     run_id: str
     state: RunState
     budget_samples: int
-    policy: AnyPolicyConfig
+    smoothed: SmoothedNoiseScale | None
+    """What the policy follows, kept over reports without readings."""
     learning_rate_factor: float
     global_batch_size: int
     measurement: NoiseScaleMeasurement | None
@@ -204,9 +204,9 @@ class _RunCollector(Collector):
         for metric in READING_METRICS:
             family = GaugeMetricFamily(metric.name, metric.help, labels=("run_id", "geometry", "estimator"))
             for run in runs:
-                reading = run.measurement and followed_reading(run.policy, run.measurement)
-                if reading:
-                    _add(family, (run.run_id, reading.geometry, reading.estimator), metric.value(run))
+                if run.smoothed is not None:
+                    labels = (run.run_id, run.smoothed.geometry, run.smoothed.estimator)
+                    _add(family, labels, metric.value(run))
             yield family
         family = GaugeMetricFamily("gns_runs", "Recent runs, by state.", labels=("state",))
         for state, count in states.items():

@@ -59,7 +59,7 @@ def live_run_of(head: RunHead, *, state: RunState) -> LiveRun:
         run_id=head.run_id,
         state=state,
         budget_samples=head.specification.budget_samples,
-        policy=head.policy,
+        smoothed=head.state.smoothed,
         learning_rate_factor=plan.learning_rate_factor,
         global_batch_size=measurement.global_batch_size if measurement else plan.global_batch_size,
         measurement=measurement,

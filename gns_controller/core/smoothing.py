@@ -15,6 +15,7 @@ from gns_controller.core.contract import (
     Estimator,
     FiniteFloat,
     FrozenModel,
+    Geometry,
     GroupReading,
 )
 
@@ -66,6 +67,7 @@ class SmoothedNoiseScale(FrozenModel):
     """Noise and signal of one parameter group, averaged apart."""
 
     group: str
+    geometry: Geometry
     estimator: Estimator
     noise_sq: SignedAverage
     signal_sq: SignedAverage
@@ -77,6 +79,7 @@ class SmoothedNoiseScale(FrozenModel):
         """The first reading starts both averages, as in the recorded runs of the published method."""
         return cls(
             group=reading.group,
+            geometry=reading.geometry,
             estimator=reading.estimator,
             noise_sq=SignedAverage(mean=reading.noise_sq),
             signal_sq=SignedAverage(mean=reading.signal_sq),

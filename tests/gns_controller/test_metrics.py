@@ -76,6 +76,14 @@ def test_counters_count_what_was_stored_skipped_and_refused(service: Service) ->
     assert service.sample("gns_http_request_duration_seconds_count", **labels) == 2
 
 
+def test_a_report_without_readings_keeps_the_noise_scale_in_sight(service: Service) -> None:
+    service.register()
+    service.report(report(1, noise_scale=16.0))
+    before = service.sample("gns_noise_scale_samples", **READING)
+    service.report(report(2, readings=[]))
+    assert before == service.sample("gns_noise_scale_samples", **READING) == pytest.approx(16.0)
+
+
 def test_a_value_that_is_not_finite_is_left_out(service: Service) -> None:
     service.register()
     service.report(report(1, loss=float("nan"), step_seconds=float("inf")))
