@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# module (or package) -> (floor, third-party packages). A package's line holds for its modules unless they have their own.
+# module (or package) -> (floor, third-party packages). A package's line holds for modules without their own.
 SERVICE = {
     "gns_controller": (0, set()),
     "gns_controller.core": (0, set()),
@@ -82,7 +82,8 @@ def _imports(module: str, path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1] + [base]).rstrip(".")
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], base]).rstrip(".")
             names += [f"{base}.{alias.name}" for alias in node.names]
     return names
 

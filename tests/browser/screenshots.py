@@ -1,55 +1,47 @@
-"""Take the pictures of the guide: python -m tests.browser.screenshots [folder, default docs/images].
+"""Take the pictures of the guide: python -m tests.browser.screenshots demo-output/demo.db [folder, default docs/images].
 
-A real controller, runs from feeding.py, Chromium. Writes run-list.png and run-page.png.
+What a demonstration recorded, served by a real controller, seen in Chromium. Writes run-list.png and run-page.png.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import shutil
 import tempfile
 import time
 from pathlib import Path
 
+import httpx
+
 from tests.browser.conftest import Page, start_browser
-from tests.browser.feeding import WireRun, holding, specification
 from tests.running import ControllerProcess
 
 DRAW_SECONDS = 1.0
 
 
-def take(folder: Path) -> None:
-    """Both pictures, into `folder`."""
+def take(database: Path, folder: Path) -> None:
+    """Both pictures, into `folder`; the page of the run that the split rule ramped."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-        controller = ControllerProcess(Path(directory)).start()
+        controller = ControllerProcess(Path(directory))
+        shutil.copy(database, controller.database_url.removeprefix("sqlite:///"))
+        controller.start()
         driver = start_browser(Path(directory) / "chromium")
         try:
+            names = [run["run_id"] for run in httpx.get(f"{controller.url}/api/v1/runs").json()["items"]]
             page = Page(driver)
-            _feed(controller)
             page.resize(1360, 560)
             page.open(controller.url)
             page.until_seen("finished")
             _picture(page, folder / "run-list.png")
             page.resize(1360, 1560)
-            page.open(f"{controller.url}/runs/llama-160m.muon")
+            page.open(f"{controller.url}/runs/{next(name for name in names if name.endswith('-split'))}")
             page.until(lambda: page.all("canvas") and page.all(".decisions tbody tr"), "charts and decisions")
+            page.find("label:has(input[type=checkbox])").click()
             _picture(page, folder / "run-page.png")
         finally:
             driver.quit()
             controller.stop()
-
-
-def _feed(controller: ControllerProcess) -> None:
-    with controller.client() as client:
-        WireRun(client, "llama-160m.constant", holding(optimizer="AdamW"), seed=2).register().train_until(1.0)
-        shadow = specification(mode="shadow", optimizer="Signum", description="What would it have done?")
-        WireRun(client, "llama-60m.shadow", shadow, seed=5).register().train_until(0.2)
-        described = specification(description="Baseline recipe on two nodes, second seed.")
-        run = WireRun(client, "llama-160m.muon", described, seed=3).register()
-        run.train_until(0.2)
-        run.report(loss="NaN")
-        run.train_until(0.62)
-        WireRun(client, "llama-1b.queued", seed=1).register()
 
 
 def _picture(page: Page, path: Path) -> None:
@@ -58,4 +50,8 @@ def _picture(page: Page, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    take(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[2] / "docs" / "images")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("database", type=Path, help="SQLite file that a demonstration wrote")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parents[2] / "docs" / "images")
+    options = parser.parse_args()
+    take(options.database, options.folder)

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from tests.browser.feeding import WireRun
+from tests.real_run import RealRun
 from tests.running import ControllerProcess, tool
 
 pytestmark = pytest.mark.prometheus
@@ -27,7 +28,7 @@ DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "run.json")
 PATIENCE_SECONDS = 40.0
 """For everything that must have arrived, counted from the start: one fault must not cost this per panel."""
 LEAST_PATIENCE_SECONDS = 2.0
-RUN_ID = "scraped"
+RUN_ID = "real-run"
 
 
 def _promtool(*arguments: str, cwd: Path = PROMETHEUS) -> None:
@@ -107,12 +108,13 @@ class ScrapedController:
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScrapedController]:
-    """A controller with a run that goes on reporting, and the Prometheus that watches it."""
+    """A controller that a real job reports to, and the Prometheus that watches it."""
     tool("prometheus")
     controller = ControllerProcess(tmp_path_factory.mktemp("controller"), guarded=True).start()
     ended = threading.Event()
     feeder = threading.Thread(target=_feed, args=(controller, ended))
     feeder.start()
+    job = RealRun(controller, tmp_path_factory.mktemp("job"), run_id=RUN_ID)
     prometheus = None
     try:
         prometheus = ScrapedController(tmp_path_factory.mktemp("prometheus"), controller)
@@ -120,15 +122,16 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScrapedControl
     finally:
         ended.set()
         feeder.join(30)
+        job.stop()
         if prometheus is not None:
             prometheus.stop()
         controller.stop()
 
 
 def _feed(controller: ControllerProcess, ended: threading.Event) -> None:
-    """Everything that a controller counts, over and over: reports, retries, refusals, and a loss that broke."""
+    """What a healthy job does not do, over and over: retries, refusals, and readings that broke."""
     with controller.client() as client:
-        run = WireRun(client, RUN_ID).register()
+        run = WireRun(client, "troubled").register()
         run.report(20)
         while not ended.wait(0.2):
             broken = run.reading("matrices", "spectral", 500.0).model_copy(update={"noise": float("inf")})
@@ -136,7 +139,7 @@ def _feed(controller: ControllerProcess, ended: threading.Event) -> None:
             run.report(validation_loss=3.0)
             run.repeat()
             stale = run.last[0].model_copy(update={"attempt": run.attempt + 1}).model_dump(mode="json")
-            client.post(f"/api/v1/runs/{RUN_ID}/measurements", json={"measurements": [stale]})
+            client.post("/api/v1/runs/troubled/measurements", json={"measurements": [stale]})
 
 
 def _expressions() -> list[tuple[str, str]]:
