@@ -1,4 +1,4 @@
-"""Take the pictures of the guide: python -m tests.browser.screenshots demo-output/demo.db [folder]. Default docs/images.
+"""Take the pictures of the guide: python -m tests.browser.screenshots DATABASE [FOLDER]. Default folder: docs/images.
 
 What a demonstration recorded, served by a real controller, seen in Chromium. Writes run-list.png and run-page.png.
 """
