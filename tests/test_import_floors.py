@@ -49,7 +49,7 @@ TRAINER = {
     "trainer_hooks.batching": (2, {"torch"}),
     "trainer_hooks.client": (2, {"httpx", "pydantic"}),
     "trainer_hooks.steps": (3, {"torch"}),
-    "trainer_hooks.session": (3.5, {"torch"}),
+    "trainer_hooks.session": (3.5, {"torch", "pydantic"}),
     "trainer_hooks.integrations": (4, {"torch"}),
     "trainer_hooks": (4, {"torch"}),
     "trainer_hooks.examples": (5, {"torch", "numpy", "pydantic"}),

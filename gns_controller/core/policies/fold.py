@@ -26,6 +26,10 @@ from gns_controller.core.coupling import learning_rate_factor
 from gns_controller.core.smoothing import SmoothedNoiseScale
 
 
+LARGEST_BATCH_SIZE = 2**40
+"""A signal near zero asks for more samples than numbers can count; more than anybody has is enough."""
+
+
 class PolicyConfig(FrozenModel):
     """What every policy is told: which readings to average, and how. Also what the dashboards then show."""
 
@@ -168,7 +172,7 @@ def conclude(
     reason, plan = proposal.reason, previous
     if proposal.batch_size is not None and math.isfinite(proposal.batch_size):
         reachable = floor_to_reachable(
-            max(proposal.batch_size, 0.0),
+            min(max(proposal.batch_size, 0.0), LARGEST_BATCH_SIZE),
             micro_batch_size=rules.micro_batch_size,
             data_parallel_size=measurement.data_parallel_size,
             micro_batch_granularity=rules.micro_batch_granularity,

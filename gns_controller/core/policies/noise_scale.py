@@ -34,15 +34,15 @@ class NoiseScalePolicyConfig(PolicyConfig):
     """Never shrink the batch."""
     maximum_batch_size: PositiveCount | None = None
     """Never grow beyond this many samples."""
-    growth_cap: Annotated[float, Field(gt=1)] | None = None
-    """Largest factor of one growth."""
+    growth_cap: Annotated[float, Field(gt=1)] | None = 4.0
+    """Largest factor of one growth; None: whatever the rule asks for."""
     act_on_unresolved: bool = False
     """Follow readings that their own resolution calls unresolved. The published rule does; see `published`."""
 
     @classmethod
     def published(cls, **changes: Any) -> Self:
         """Algorithm 1 as printed: rank_variance, theta 0.6, no caps, acting on saturated readings too."""
-        return cls(**{"estimator": "rank_variance", "act_on_unresolved": True, **changes})
+        return cls(**{"estimator": "rank_variance", "growth_cap": None, "act_on_unresolved": True, **changes})
 
 
 def propose(config: NoiseScalePolicyConfig, state: PolicyState, measurement: NoiseScaleMeasurement) -> Proposal:

@@ -83,6 +83,16 @@ def test_a_saturated_reading_does_not_ramp_unless_the_published_rule_is_asked_fo
     assert decisions(NoiseScalePolicyConfig.published(), saturated)[0].plan.global_batch_size > 16
 
 
+def test_a_signal_near_zero_asks_for_a_batch_that_still_is_a_number() -> None:
+    [decision] = decisions(published(), [measurement(100, reading(noise_scale=1e100))])
+    assert decision.plan.global_batch_size <= 2**40
+    [capped] = decisions(
+        NoiseScalePolicyConfig(estimator="rank_variance", act_on_unresolved=True),
+        [measurement(100, reading(noise_scale=1e100))],
+    )
+    assert (capped.plan.global_batch_size, capped.reason) == (64, "capped_growth")
+
+
 def test_a_reading_that_is_not_finite_leaves_the_averages_alone() -> None:
     good, bad = reading(noise_scale=12.8), reading(noise_scale=12.8, signal=math.nan)
     found = decisions(published(noise_tolerance=0.5), [measurement(100, good), measurement(200, bad)])
