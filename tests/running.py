@@ -75,16 +75,18 @@ class ControllerProcess:
         self.process.kill()
         self.process.wait(STOP_SECONDS)
 
-    def stop(self) -> None:
+    def stop(self) -> int | None:
+        """SIGTERM; SIGKILL when that does not help. The exit status, or None if it was not running."""
         if self.process is None:
-            return
+            return None
         self.process.terminate()
         try:
-            self.process.wait(STOP_SECONDS)
+            status = self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait(STOP_SECONDS)
+            status = self.process.wait(STOP_SECONDS)
         self.process = None
+        return status
 
     @property
     def database_url(self) -> str:

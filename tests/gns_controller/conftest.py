@@ -31,7 +31,6 @@ def service(make_service: Callable[..., Service]) -> Service:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """A server in a process of its own."""
-    running = Server(tmp_path)
+    running = Server(tmp_path).start()
     yield running
-    if running.process.poll() is None:
-        running.kill()
+    running.stop()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,8 +22,7 @@ from gns_controller.settings import Settings
 from gns_controller.store import SqlStore
 from gns_controller.web import create_app
 from tests.gns_controller.core.measurements import measurement, reading
-
-START_SECONDS = 30.0
+from tests.running import ControllerProcess
 
 
 class Clock:
@@ -131,59 +128,36 @@ def report(step: int, *, noise_scale: float = 16.0, reading_changes: Any = None,
     return document
 
 
-class Server:
-    """`gns-controller serve` in a process of its own."""
+class Server(ControllerProcess):
+    """A controller in a process of its own, and one client for as long as the process runs."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
-        self.folder = folder
-        self._environment = environment
-        self.start()
+    http: httpx.Client
 
-    def start(self) -> None:
-        ready = self.folder / "ready"
-        ready.unlink(missing_ok=True)
-        self.process = start_cli(
-            "serve", "--port", "0", "--ready-file", str(ready), folder=self.folder, **self._environment
-        )
-        deadline = time.monotonic() + START_SECONDS
-        while not ready.exists():
-            assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.02)
-        self.url = ready.read_text()
-        self.client = httpx.Client(base_url=self.url, timeout=20.0, trust_env=False)
+    def start(self) -> Server:
+        super().start()
+        self.http = httpx.Client(base_url=self.url, timeout=20.0, trust_env=False)
+        return self
 
     def kill(self) -> None:
-        self.client.close()
-        self.process.kill()
-        self.process.communicate()
+        self.http.close()
+        super().kill()
 
-    def stop(self) -> tuple[int, float]:
-        """SIGTERM; returns exit code and the seconds it took."""
-        began = time.monotonic()
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.communicate(timeout=20)
-        finally:
-            self.client.close()
-        return self.process.returncode, time.monotonic() - began
-
-
-def start_cli(*arguments: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """The command line in a folder of its own."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("GNS_")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "gns_controller", *arguments],
-        cwd=folder,
-        env={**inherited, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    def stop(self) -> int | None:
+        status = super().stop()
+        self.http.close()
+        return status
 
 
 def run_cli(*arguments: str, folder: Path, **environment: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error."""
-    process = start_cli(*arguments, folder=folder, **environment)
-    output, errors = process.communicate(timeout=60)
-    return process.returncode, output, errors
+    """Exit code, standard output and standard error of the command line in a folder of its own."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("GNS_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "gns_controller", *arguments],
+        cwd=folder,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr

@@ -20,21 +20,21 @@ def test_a_token_is_random_and_printed_with_its_hash(tmp_path: Path) -> None:
 
 
 def test_runs_are_listed_and_shown_from_a_running_controller(server: Server) -> None:
-    server.client.put("/api/v1/runs/run", json=registration())
-    server.client.post("/api/v1/runs/run/measurements", json={"measurements": [report(1, noise_scale=1.0)]})
-    code, output, _ = run_cli("run", "ls", "--url", server.url, "--json", folder=server.folder)
+    server.http.put("/api/v1/runs/run", json=registration())
+    server.http.post("/api/v1/runs/run/measurements", json={"measurements": [report(1, noise_scale=1.0)]})
+    code, output, _ = run_cli("run", "ls", "--url", server.url, "--json", folder=server.directory)
     assert code == 0
     assert [item["run_id"] for item in json.loads(output)] == ["run"]
-    code, output, _ = run_cli("run", "show", "run", "--url", server.url, folder=server.folder)
+    code, output, _ = run_cli("run", "show", "run", "--url", server.url, folder=server.directory)
     assert code == 0
     assert "never shrinks" in output
-    code, _, errors = run_cli("run", "show", "nobody", "--url", server.url, folder=server.folder)
+    code, _, errors = run_cli("run", "show", "nobody", "--url", server.url, folder=server.directory)
     assert (code, errors.count("\n")) == (1, 1)
     assert "not registered" in errors
 
 
 def test_a_doctor_finds_a_healthy_machine_healthy_and_a_damaged_database_not(server: Server, tmp_path: Path) -> None:
-    code, output, _ = run_cli("doctor", "--url", server.url, "--json", folder=server.folder)
+    code, output, _ = run_cli("doctor", "--url", server.url, "--json", folder=server.directory)
     assert code == 0
     assert {finding["name"]: finding["ok"] for finding in json.loads(output)} == {
         "versions": True,

@@ -44,17 +44,17 @@ STREAMS = [("GET", "/api/v1/runs/{run_id}/events")]
 @pytest.fixture(scope="module")
 def fed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that knows the run "run"."""
-    server = Server(tmp_path_factory.mktemp("openapi"))
-    server.client.put("/api/v1/runs/run", json=registration())
+    server = Server(tmp_path_factory.mktemp("openapi")).start()
+    server.http.put("/api/v1/runs/run", json=registration())
     odd = report(3, loss=float("nan"))
-    server.client.post("/api/v1/runs/run/measurements", json={"measurements": [report(1), report(2), odd]})
+    server.http.post("/api/v1/runs/run/measurements", json={"measurements": [report(1), report(2), odd]})
     yield server
     server.kill()
 
 
 @pytest.fixture(scope="module")
 def schema(fed_server: Server) -> Any:
-    return schemathesis.openapi.from_dict(fed_server.client.get("/openapi.json").json())
+    return schemathesis.openapi.from_dict(fed_server.http.get("/openapi.json").json())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
