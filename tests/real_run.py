@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 from tests.running import ControllerProcess
@@ -24,16 +25,23 @@ class RealRun:
     """Two gloo ranks, started on construction; the batch grows from 16."""
 
     def __init__(
-        self, controller: ControllerProcess, directory: Path, *, run_id: str, budget_samples: int = 3200
+        self,
+        controller: ControllerProcess,
+        directory: Path,
+        *,
+        run_id: str,
+        budget_samples: int = 3200,
+        pace_seconds: float = 0.0,
     ) -> None:
         self.run_id = run_id
+        self._controller = controller
         self.budget_samples = budget_samples
         self._log = directory / f"{run_id}.log"
         arguments = [
             *("--controller", controller.url, "--run-id", run_id, "--budget-samples", str(budget_samples)),
             *("--measurement-interval-steps", "5", "--estimators", "split,rank_variance"),
             *("--policy", json.dumps(POLICY), "--evaluations", "8", "--validation-samples", "64"),
-            *("--spool-directory", str(directory / "spool")),
+            *("--spool-directory", str(directory / "spool"), "--pace-seconds", str(pace_seconds)),
         ]
         token = {"GNS_TOKEN": controller.token} if controller.token else {}
         with self._log.open("w") as log:
@@ -43,6 +51,18 @@ class RealRun:
                 stdout=log,
                 stderr=log,
             )
+
+    def until_registered(self) -> None:
+        """Past the ranks' imports, which say nothing about whoever watches the run."""
+        deadline = time.monotonic() + JOB_SECONDS
+        with self._controller.client() as client:
+            while client.get(f"/api/v1/runs/{self.run_id}").status_code == 404:
+                ended = self._job.poll() is not None or time.monotonic() > deadline
+                assert not ended, self._log.read_text()[-4000:]
+                time.sleep(0.05)
+
+    def is_training(self) -> bool:
+        return self._job.poll() is None
 
     def wait(self) -> None:
         """To the end of the budget."""

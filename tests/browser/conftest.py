@@ -33,6 +33,18 @@ FLAGS = (
     "--window-size=1360,1500",
 )
 
+COUNT_INK = """
+const canvas = document.querySelector(`[data-chart="${arguments[0]}"] canvas`);
+const hex = getComputedStyle(document.documentElement).getPropertyValue(arguments[1]).trim();
+const wanted = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+let count = 0;
+for (let at = 0; at < data.length; at += 4) {
+  if (data[at + 3] > 200 && wanted.every((value, channel) => Math.abs(data[at + channel] - value) < 12)) count += 1;
+}
+return count;
+"""
+
 
 class Page:
     """One tab, and the questions the tests ask about what is seen in it."""
@@ -56,6 +68,10 @@ class Page:
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
+
+    def ink(self, chart: str, name: str) -> int:
+        """How many pixels of one chart have the colour that the page's style calls by this name."""
+        return int(self.run(COUNT_INK, chart, name))
 
     def run_async(self, script: str) -> Any:
         """The value of an async function's body that runs in the page."""

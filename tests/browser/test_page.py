@@ -83,20 +83,7 @@ def test_every_chart_is_drawn_in_the_ink_of_its_quantity(
     _open_run(page, controller, ramped_run)
     page.until(lambda: len(page.all(".chart canvas")) == 4, "four charts")
     for chart, ink in {"noise": "--noise", "batch": "--batch", "rate": "--rate", "loss": "--loss"}.items():
-        page.until(lambda chart=chart, ink=ink: page.run(COUNT_INK, chart, ink) > 100, f"{ink} in chart {chart}")
-
-
-COUNT_INK = """
-const canvas = document.querySelector(`[data-chart="${arguments[0]}"] canvas`);
-const hex = getComputedStyle(document.documentElement).getPropertyValue(arguments[1]).trim();
-const wanted = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
-const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-let count = 0;
-for (let at = 0; at < data.length; at += 4) {
-  if (data[at + 3] > 200 && wanted.every((value, channel) => Math.abs(data[at + channel] - value) < 12)) count += 1;
-}
-return count;
-"""
+        page.until(lambda chart=chart, ink=ink: page.ink(chart, ink) > 100, f"{ink} in chart {chart}")
 
 
 def test_only_changes_leaves_the_decisions_that_moved_the_batch(
@@ -132,7 +119,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_and_no_script_error(
     _open_run(page, controller, "diverged")
     page.until_seen("-Infinity", ".tiles")
     page.until_seen("not finite", "[data-chart='loss'] .legend")
-    page.until(lambda: page.run(COUNT_INK, "loss", "--danger") > 10, "crosses where the loss was not finite")
+    page.until(lambda: page.ink("loss", "--danger") > 10, "crosses where the loss was not finite")
     run.report(5)
     page.until(lambda: "not finite" not in page.seen("[data-chart='loss'] .legend"), "a finite loss again")
 
@@ -241,7 +228,7 @@ def test_the_axis_counts_tokens_or_steps_on_request(page: Page, controller: Cont
     page.find("label[for='clock-tokens']").click()
     page.find("label[for='clock-steps']").click()
     assert page.find("#clock-steps").is_selected()
-    page.until(lambda: page.run(COUNT_INK, "batch", "--batch") > 100, "the batch, drawn over steps")
+    page.until(lambda: page.ink("batch", "--batch") > 100, "the batch, drawn over steps")
 
 
 def test_a_long_history_stays_bounded_and_keeps_its_changes(page: Page, controller: ControllerProcess) -> None:

@@ -14,6 +14,10 @@ from tests.running import ControllerProcess
 
 pytestmark = [pytest.mark.browser, pytest.mark.distributed]
 
+DRAWN = (("noise", "--noise"), ("noise", "--ceiling"), ("batch", "--batch"), ("rate", "--rate"), ("loss", "--loss"))
+PACE_SECONDS = 0.02
+"""Per step: time for a person to open the page while the job trains."""
+
 
 def get(controller: ControllerProcess, path: str, **query: Any) -> Any:
     return httpx.get(f"{controller.url}/api/v1/{path}", params=query).raise_for_status().json()
@@ -22,14 +26,16 @@ def get(controller: ControllerProcess, path: str, **query: Any) -> Any:
 def test_a_person_watches_a_real_job_from_its_first_decision_to_its_end(
     page: Page, controller: ControllerProcess, tmp_path: Path
 ) -> None:
-    run = RealRun(controller, tmp_path, run_id="real-run")
+    run = RealRun(controller, tmp_path, run_id="real-run", pace_seconds=PACE_SECONDS)
     try:
         page.open(controller.url)
+        run.until_registered()
         page.until(lambda: page.all("tr[data-run='real-run']"), "the run in the list")
         page.open(f"{controller.url}/runs/real-run")
         page.run("window.loadedOnce = true")
         page.until(lambda: page.all(".decisions tbody tr"), "a first decision")
         early = len(page.all(".decisions tbody tr"))
+        assert run.is_training(), "the job ended before anyone could watch it"
         page.until(lambda: len(page.all(".decisions tbody tr")) > early, "more decisions, without reload")
         run.wait()
     finally:
@@ -52,4 +58,9 @@ def test_a_person_watches_a_real_job_from_its_first_decision_to_its_end(
     table = page.seen(".decisions")
     for decision in changes:
         assert decision["explanation"] in table
-    assert len(page.all("canvas")) == 4
+        assert decision["reason"].replace("_", " ") in table
+        assert f"{decision['previous_batch_size']:,} → {decision['plan']['global_batch_size']:,}" in table
+
+    assert f"{view['last_measurement']['loss']:.3f}" in page.seen(".tiles")
+    for chart, ink in DRAWN:
+        page.until(lambda chart=chart, ink=ink: page.ink(chart, ink) > 100, f"{ink} in chart {chart}")
