@@ -14,7 +14,13 @@ from datetime import datetime, timedelta
 from typing import get_args
 
 from gns_controller.core.contract import Decision, NoiseScaleMeasurement
-from gns_controller.core.errors import InvalidInputError, RunConflictError, StaleAttemptError, UnknownRunError
+from gns_controller.core.errors import (
+    InvalidInputError,
+    RunConflictError,
+    StaleAttemptError,
+    UnknownAttemptError,
+    UnknownRunError,
+)
 from gns_controller.core.policies import PolicyState, decide, initial_state
 from gns_controller.core.runs import (
     IngestReply,
@@ -356,10 +362,7 @@ def _refuse_other_attempts(head: RunHead, measurements: Sequence[NoiseScaleMeasu
         if measurement.attempt < head.attempt:
             raise StaleAttemptError(head.run_id, attempt=measurement.attempt, current_attempt=head.attempt)
         if measurement.attempt > head.attempt:
-            raise InvalidInputError(
-                f"the measurement of optimizer_step {measurement.optimizer_step} belongs to attempt "
-                f"{measurement.attempt}, and this run has registered {head.attempt} as its last. Register first."
-            )
+            raise UnknownAttemptError(head.run_id, attempt=measurement.attempt, current_attempt=head.attempt)
 
 
 def _not_yet_stored(

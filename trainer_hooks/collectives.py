@@ -18,7 +18,7 @@ from torch import Tensor
 from gns_controller.core.contract import BatchPlan
 from gns_controller.core.errors import GnsError, PlanDivergedError
 
-_MESSAGE_BYTES = 4096
+_MESSAGE_BYTES = 65536
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def broadcast_plan(group: DataParallelGroup, *, current: BatchPlan, proposed: Ba
     """The plan that every rank obeys next. Rank 0 gives `proposed`; the others learn it.
 
     Raises:
-        PlanDivergedError: this rank's current plan is not rank 0's. Raised after the collective, so nobody is left
-            waiting; training must stop, because ranks have used different batches.
+        PlanDivergedError: a rank's current plan is not rank 0's. Raised on every rank, after the collectives, so that
+            nobody is left waiting; training must stop, because ranks have used different batches.
     """
     assert group.rank != 0 or proposed is not None
     message = None
@@ -85,9 +85,12 @@ def broadcast_plan(group: DataParallelGroup, *, current: BatchPlan, proposed: Ba
         }
     received = group.broadcast_message(message)
     plan = BatchPlan.model_validate(received["plan"])
-    if received["current"] != plan_checksum(current) or received["checksum"] != plan_checksum(plan):
+    agrees = received["current"] == plan_checksum(current) and received["checksum"] == plan_checksum(plan)
+    others = group.sum_(torch.tensor(0.0 if agrees else 1.0, device=group.device))
+    if float(others) > 0:
         raise PlanDivergedError(
-            f"rank {group.rank} holds plan version {current.version} (batch {current.global_batch_size}), "
-            f"which is not rank 0's. Stop the job and resume from the last checkpoint."
+            f"ranks have used different plans: {int(others)} of {group.size} disagree with rank 0; rank {group.rank} "
+            f"holds version {current.version} (batch {current.global_batch_size}). "
+            "Stop the job and resume from the last checkpoint."
         )
     return plan

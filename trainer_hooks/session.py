@@ -14,16 +14,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
-from gns_controller.core.batch_arithmetic import BatchRules, LearningRateCoupling, floor_to_reachable
+from gns_controller.core.batch_arithmetic import BatchRules, LearningRateCoupling
 from gns_controller.core.contract import (
     BatchPlan,
     Decision,
@@ -31,21 +30,20 @@ from gns_controller.core.contract import (
     Geometry,
     GroupReading,
     NoiseScaleMeasurement,
-    RunId,
     Span,
 )
-from gns_controller.core.errors import GeometryError, InvalidInputError, TooFewGroupsError
+from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import (
     AnyPolicyConfig,
     NoiseScalePolicyConfig,
     PolicyState,
     initial_state,
-    plan_for,
 )
 from gns_controller.core.runs import RunSpecification
 from trainer_hooks.batching import SampleStream
 from trainer_hooks.batching.schedule import LearningRateSchedule
 from trainer_hooks.capture import DEFAULT_EXCLUDE, GradientCapture, MeasuredGroup, find_groups, read_groups
+from trainer_hooks.checks import check_measurable, check_names, check_state, reachable_plan
 from trainer_hooks.client import Controller, Verdict, connect
 from trainer_hooks.collectives import DataParallelGroup, broadcast_plan
 from trainer_hooks.steps import Step
@@ -89,7 +87,6 @@ class AdaptiveBatch:
         self.last_readings: list[GroupReading] = []
         """Of the latest measured step, the same on every rank."""
         self._controller = controller
-        self._initial_policy_state = state
         self._estimators = tuple(estimators)
         self._min_groups_per_rank = -(-min_sample_groups // data_parallel.size)
         self._schedule = learning_rate_schedule
@@ -184,8 +181,10 @@ class AdaptiveBatch:
             RunConflictError: the controller knows this run with another specification.
             InvalidInputError: anything else that cannot be.
         """
-        _check_names(run, estimators or [], policy)
+        check_names(run, estimators or [], policy)
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        if state is not None:
+            check_state(state, optimizers)
         if process_group is None and isinstance(model, DistributedDataParallel):
             process_group = model.process_group
         device = next(model.parameters()).device
@@ -209,9 +208,11 @@ class AdaptiveBatch:
             decision_delay_steps=decision_delay_steps,
         )
         policy = policy or NoiseScalePolicyConfig(warmup=Span(samples=max(int(0.15 * budget_samples), 1)))
-        _check_measurable(groups, policy, global_batch_size=global_batch_size, data_parallel_size=data_parallel.size)
+        check_measurable(groups, policy, global_batch_size=global_batch_size, data_parallel_size=data_parallel.size)
         if state:
             policy_state = PolicyState.model_validate(state["policy_state"])
+            plan = reachable_plan(policy_state.plan, rules, data_parallel_size=data_parallel.size)
+            policy_state = policy_state.model_copy(update={"plan": plan})
         else:
             policy_state = initial_state(rules, data_parallel_size=data_parallel.size)
         specification = RunSpecification(
@@ -230,6 +231,10 @@ class AdaptiveBatch:
             run_id=run,
             specification=specification,
             policy_state=policy_state,
+            pending={
+                int(step): Decision.model_validate(decision)
+                for step, decision in (state or {}).get("pending", {}).items()
+            },
             url=controller,
             token=token or os.environ.get("GNS_TOKEN"),
             spool_directory=Path(spool_directory),
@@ -353,6 +358,11 @@ class AdaptiveBatch:
 
     def set_learning_rates(self) -> None:
         """Base learning rate x schedule(samples seen) x plan factor, into every param group."""
+        present = [len(optimizer.param_groups) for optimizer in self.optimizers]
+        if present != [len(rates) for rates in self._base_learning_rates]:
+            raise InvalidInputError(
+                "an optimizer got other parameter groups after attach: attach again, so that their rates are known."
+            )
         factor = self._schedule(self.samples_seen) * self.learning_rate_factor
         for optimizer, base_rates in zip(self.optimizers, self._base_learning_rates, strict=True):
             for group, base in zip(optimizer.param_groups, base_rates, strict=True):
@@ -375,6 +385,8 @@ class AdaptiveBatch:
         self.samples_seen += num_samples
         self._time_step(was_measured)
         if was_measured:
+            if num_samples != self.plan.global_batch_size:
+                self.last_readings = []  # another batch than the plan's: its readings would be taken for the plan's
             self._report(self.last_readings, schedule_factor=schedule_factor)
             self._due_exchanges.append(self.optimizer_step + self.specification.batch.decision_delay_steps)
             self._schedule_next_measurement()
@@ -400,8 +412,13 @@ class AdaptiveBatch:
 
         The policy's memory lives on rank 0 and is broadcast.
         """
-        state = self._controller.state if self._controller is not None else self._initial_policy_state
-        message = {"policy_state": state.model_dump(mode="json")} if self.data_parallel.rank == 0 else None
+        message = None
+        if self._controller is not None:
+            pending = self._controller.pending.items()
+            message = {
+                "policy_state": self._controller.state.model_dump(mode="json"),
+                "pending": {step: decision.model_dump(mode="json") for step, decision in pending},
+            }
         shared = self.data_parallel.broadcast_message(message)
         return {
             "version": 1,
@@ -410,46 +427,27 @@ class AdaptiveBatch:
             "samples_seen": self.samples_seen,
             "plan": self.plan.model_dump(mode="json"),
             "policy_state": shared["policy_state"],
+            "pending": shared["pending"],
             "base_learning_rates": self._base_learning_rates,
             "next_measurement": self._next_measurement,
+            "due_exchanges": list(self._due_exchanges),
         }
 
     # ---------------------------------------------------------------- inside
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != 1:
-            raise InvalidInputError(f"session state of version {state.get('version')!r}; this program reads version 1.")
-        if [len(rates) for rates in state["base_learning_rates"]] != [len(r) for r in self._base_learning_rates]:
-            raise InvalidInputError("the checkpoint's optimizers have other parameter groups than these.")
         self.optimizer_step = int(state["optimizer_step"])
         self.samples_seen = int(state["samples_seen"])
-        # A plan decided but not yet in force when the checkpoint was taken is in force now.
-        decided = state["plan"] if self.specification.mode == "shadow" else state["policy_state"]["plan"]
-        self.plan = self._reachable_plan(BatchPlan.model_validate(decided))
+        self.plan = reachable_plan(
+            BatchPlan.model_validate(state["plan"]),
+            self.specification.batch,
+            data_parallel_size=self.data_parallel.size,
+        )
         self._base_learning_rates = [list(rates) for rates in state["base_learning_rates"]]
         self._next_measurement = int(state["next_measurement"])
+        self._due_exchanges = [int(step) for step in state["due_exchanges"]]
         self._capture = None
         self._arm()
-
-    def _reachable_plan(self, plan: BatchPlan) -> BatchPlan:
-        """The checkpoint's plan on this number of ranks: the nearest reachable batch below, if the old one is not."""
-        rules, size = self.specification.batch, self.data_parallel.size
-        batch_size = floor_to_reachable(
-            plan.global_batch_size,
-            micro_batch_size=rules.micro_batch_size,
-            data_parallel_size=size,
-            micro_batch_granularity=rules.micro_batch_granularity,
-        )
-        if batch_size != plan.global_batch_size:
-            logger.warning(
-                "batch is not reachable on this many ranks: data_parallel_size=%d global_batch_size=%d->%d",
-                size,
-                plan.global_batch_size,
-                batch_size,
-            )
-        return plan_for(
-            rules, batch_size, data_parallel_size=size, version=plan.version, effective_step=plan.effective_step
-        )
 
     def _arm(self) -> None:
         """Decide whether the step that begins now is measured. Depends on counters only, so all ranks agree."""
@@ -490,25 +488,29 @@ class AdaptiveBatch:
         if self._controller is None:
             return
         plan = self.plan
-        self._controller.report(
-            NoiseScaleMeasurement(
-                run_id=self.run_id,
-                attempt=0,
-                optimizer_step=self.optimizer_step,
-                samples_seen=self.samples_seen,
-                plan_version=plan.version,
-                global_batch_size=plan.global_batch_size,
-                micro_batch_size=plan.micro_batch_size,
-                gradient_accumulation_steps=plan.gradient_accumulation_steps,
-                data_parallel_size=self.data_parallel.size,
-                schedule_factor=schedule_factor,
-                step_seconds=step_seconds,
-                samples_per_second=plan.global_batch_size / step_seconds if step_seconds else None,
-                loss=loss_sum / num_samples if num_samples else None,
-                validation_loss=validation_loss,
-                readings=tuple(readings),
+        try:
+            self._controller.report(
+                NoiseScaleMeasurement(
+                    run_id=self.run_id,
+                    attempt=0,
+                    optimizer_step=self.optimizer_step,
+                    samples_seen=self.samples_seen,
+                    plan_version=plan.version,
+                    global_batch_size=plan.global_batch_size,
+                    micro_batch_size=plan.micro_batch_size,
+                    gradient_accumulation_steps=plan.gradient_accumulation_steps,
+                    data_parallel_size=self.data_parallel.size,
+                    schedule_factor=schedule_factor,
+                    step_seconds=step_seconds,
+                    samples_per_second=plan.global_batch_size / step_seconds if step_seconds else None,
+                    loss=loss_sum / num_samples if num_samples else None,
+                    validation_loss=validation_loss,
+                    readings=tuple(readings),
+                )
             )
-        )
+        except Exception:
+            # Only rank 0 is here: raising would leave the others waiting.
+            logger.exception("measurement lost, training goes on: run_id=%s step=%d", self.run_id, self.optimizer_step)
 
     def _exchange(self, effective_step: int) -> None:
         """All ranks take rank 0's plan. Rank 0 waits for the controller no longer than the deadline."""
@@ -542,40 +544,3 @@ class AdaptiveBatch:
                 self._on_decision(verdict.decision, verdict.source)
             except Exception:
                 logger.exception("on_decision failed, training goes on: run_id=%s", self.run_id)
-
-
-def _check_names(run: str, estimators: Sequence[str], policy: AnyPolicyConfig | None) -> None:
-    try:
-        TypeAdapter(RunId).validate_python(run)
-    except ValidationError:
-        raise InvalidInputError(
-            f"run={run!r} is not a name: 1 to 128 letters, digits, dots, underscores and hyphens, "
-            "a letter or digit first."
-        ) from None
-    unknown = sorted(set(estimators) - set(get_args(Estimator)))
-    if unknown:
-        raise InvalidInputError(f"estimators {unknown} do not exist; there are {', '.join(get_args(Estimator))}.")
-    if policy is not None and estimators and policy.estimator not in estimators:
-        raise InvalidInputError(
-            f"the policy follows {policy.estimator}, and estimators={list(estimators)} does not measure it."
-        )
-
-
-def _check_measurable(
-    groups: Sequence[MeasuredGroup],
-    policy: AnyPolicyConfig,
-    *,
-    global_batch_size: int,
-    data_parallel_size: int,
-) -> None:
-    if data_parallel_size == 1 and global_batch_size < 2:
-        raise TooFewGroupsError(
-            "one rank with one sample per step has nothing to compare: raise global_batch_size to 2 or more "
-            "(a measured step is then split into two micro-batches), or use two ranks."
-        )
-    found = sorted({group.geometry for group in groups})
-    if policy.geometry is not None and policy.geometry not in found:
-        raise GeometryError(
-            f"the policy follows geometry {policy.geometry!r}, and no parameter group has it; "
-            f"groups have {', '.join(found)}."
-        )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gns_controller.core.contract import GroupReading
+from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.runs import RunSpecification
 from trainer_hooks.batching import SampleStream, cut_micro_batches
 from trainer_hooks.collectives import DataParallelGroup
@@ -53,6 +54,7 @@ class Step:
         self._dataset = dataset
         self._collate_fn = collate_fn
         self._num_samples = 0
+        self._num_seen = 0
 
     def __iter__(self) -> Iterator[Any]:
         """This rank's micro-batches. Gradients are averaged over ranks in the last one's backward only."""
@@ -80,14 +82,22 @@ class Step:
         with session.measured(num_samples=self._num_samples, loss_factor=factor):
             torch.autograd.backward(loss * factor)
         session.observe_loss(loss, num_samples=self._num_samples)
+        self._num_seen += self._num_samples
 
     def apply(self) -> None:
         """Measure, clip, step, zero the gradients, report, agree on the next plan. Every rank."""
         session = self._session
+        share = self.global_batch_size // session.data_parallel.size
+        if self._num_seen != share:
+            raise InvalidInputError(
+                f"backward saw {self._num_seen} of this rank's {share} samples: take micro-batches one by one, "
+                "call step.backward once for each, and leave none out."
+            )
         session.set_learning_rates()
         session.measure()
         if session.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(session.model.parameters(), session.max_grad_norm)
+            trained = [p for optimizer in session.optimizers for g in optimizer.param_groups for p in g["params"]]
+            nn.utils.clip_grad_norm_(trained, session.max_grad_norm)
         for optimizer in session.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

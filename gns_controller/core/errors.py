@@ -9,6 +9,7 @@ GnsError
 ├── MissingDependencyError (ImportError)  the message carries the `pip install` line
 ├── RunError                            the service knows the request but not like this
 │   ├── UnknownRunError
+    │   │   └── UnknownAttemptError         the database was restored from before its registration
 │   ├── RunConflictError                the run exists with another specification
 │   └── StaleAttemptError               a newer incarnation of the run has registered
 └── StoreError
@@ -59,6 +60,17 @@ class UnknownRunError(RunError):
     def __init__(self, run_id: str) -> None:
         super().__init__(f"run {run_id!r} is not registered; PUT /api/v1/runs/{run_id} first.")
         self.run_id = run_id
+
+
+class UnknownAttemptError(UnknownRunError):
+    """The run is known, this attempt is not: the database was restored from before its registration."""
+
+    def __init__(self, run_id: str, *, attempt: int, current_attempt: int) -> None:
+        super().__init__(run_id)
+        self.args = (
+            f"attempt {attempt} of run {run_id!r} is not registered here, {current_attempt} is the last; "
+            f"PUT /api/v1/runs/{run_id} again.",
+        )
 
 
 class RunConflictError(RunError):

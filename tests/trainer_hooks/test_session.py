@@ -103,25 +103,27 @@ def test_unmeasured_steps_train_exactly_as_a_loop_without_us() -> None:
         assert torch.allclose(mine, other, atol=1e-6)
 
 
-def test_a_resumed_run_goes_on_as_if_never_stopped() -> None:
+@pytest.mark.parametrize("stop", range(1, 40, 2))
+def test_a_resumed_run_goes_on_as_if_never_stopped(stop: int) -> None:
     policy = NoiseScalePolicyConfig.published(noise_tolerance=0.5, warmup=Span(samples=60))
-    straight = attach(network(), policy=policy)
+    delayed = {"policy": policy, "decision_delay_steps": 2}
+    straight = attach(network(), **delayed)
     expected = train(straight)
+    assert len({batch for _, batch, _ in expected}) > 2
 
     first_model = network()
     first_optimizer = Signum(first_model.parameters(), lr=0.01)
-    first = attach(first_model, first_optimizer, policy=policy)
-    trail = train(first, until=21)
+    first = attach(first_model, first_optimizer, **delayed)
+    trail = train(first, until=stop)
     saved = first.state_dict()
 
     second_model = network()
     second_model.load_state_dict(first_model.state_dict())
     second_optimizer = Signum(second_model.parameters(), lr=0.01)
     second_optimizer.load_state_dict(first_optimizer.state_dict())
-    second = attach(second_model, second_optimizer, policy=policy, state=saved)
+    second = attach(second_model, second_optimizer, state=saved, **delayed)
     trail += train(second)
     assert trail == expected
-    assert len({batch for _, batch, _ in expected}) > 2
     for resumed, uninterrupted in zip(second_model.parameters(), straight.model.parameters(), strict=True):
         assert torch.equal(resumed, uninterrupted)
 
@@ -213,16 +215,6 @@ def test_the_groups_follow_from_the_optimizers() -> None:
     assert "matrices (Muon -> spectral, 1 tensors)" in session.describe()
 
 
-def test_a_checkpoint_between_a_measurement_and_its_plan_keeps_the_decision() -> None:
-    ramp = StagesPolicyConfig(stages=(Stage(from_samples=16, global_batch_size=12),))
-    model = network()
-    first = attach(model, policy=ramp, measurement_interval=Span(steps=2))
-    train(first, until=2)
-    assert first.plan.global_batch_size == 8
-    second = attach(model, policy=ramp, measurement_interval=Span(steps=2), state=first.state_dict())
-    assert second.plan.global_batch_size == 12
-
-
 def test_resuming_with_a_start_batch_that_fewer_ranks_cannot_make_takes_the_nearest_below() -> None:
     saved = attach(network(), global_batch_size=32, policy=HoldPolicyConfig()).state_dict()
     saved["plan"]["global_batch_size"] = saved["policy_state"]["plan"]["global_batch_size"] = 40
@@ -248,3 +240,57 @@ def test_names_are_checked_at_attach() -> None:
         attach(network(), estimators=["foo"])
     with pytest.raises(InvalidInputError, match="does not measure it"):
         attach(network(), policy=NoiseScalePolicyConfig(), estimators=["rank_variance"])
+
+
+def test_a_parameter_frozen_after_attach_counts_as_zero_and_training_goes_on() -> None:
+    model = network()
+    session = attach(model, policy=HoldPolicyConfig(), measurement_interval=Span(steps=1), budget_samples=24)
+    for step in session.steps(Points()):
+        for rows in step:
+            step.backward(loss_of(model, rows))
+        step.apply()
+        next(model.parameters()).requires_grad_(False)
+    assert session.samples_seen == 24
+
+
+def test_a_decomposition_that_fails_is_a_reading_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svdvals", fail)
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 1, bias=False))
+    session = attach(model, Muon(model.parameters(), lr=0.01), policy=HoldPolicyConfig(), budget_samples=8)
+    for rows in (step := next(session.steps(Points()))):
+        step.backward(loss_of(model, rows))
+    [reading] = session.measure()
+    assert math.isnan(reading.noise)
+
+
+def test_a_micro_batch_left_out_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    session = attach(network(), policy=HoldPolicyConfig())
+    for step in session.steps(Points()):
+        for _ in step:
+            pass
+        with pytest.raises(InvalidInputError, match="backward saw 0 of this rank's 8 samples"):
+            step.apply()
+        break
+
+
+def test_two_backward_passes_in_one_micro_batch_give_no_spread(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    session = attach(model, policy=HoldPolicyConfig(estimator="rank_variance"), measurement_interval=Span(steps=1))
+    rows = torch.stack([Points()[i] for i in range(8)])
+    for piece in rows.chunk(2):
+        with session.measured(num_samples=4, loss_factor=0.5):
+            (0.25 * loss_of(model, piece)).backward()
+            (0.25 * loss_of(model, piece)).backward()
+    assert session.measure() == []
+    assert "misweighted=2" in caplog.text
+
+
+def test_a_checkpoint_of_other_optimizers_is_refused_before_anything_is_opened() -> None:
+    saved = attach(network()).state_dict()
+    with pytest.raises(InvalidInputError, match="not the same optimizers"):
+        attach(network(), state={**saved, "base_learning_rates": [[0.1, 0.2]]})
+    with pytest.raises(InvalidInputError, match="this program reads version 1"):
+        attach(network(), state={"version": 9})

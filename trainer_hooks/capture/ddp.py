@@ -55,10 +55,13 @@ class GradientCapture:
         self.num_samples_a = 0.0
         self.num_samples_b = 0.0
         self.num_groups = 0
+        self.num_repeated_backwards = 0
+        """Micro-batches in which a tensor got its gradient in two pieces: the spread would count it twice."""
         self.loss_factors: list[tuple[float, float]] = []
         """(samples, loss factor) of each micro-batch, to check that the mean gradient is a mean over samples."""
         self._current: tuple[int, float, float] | None = None
         self._fired: set[int] = set()
+        self._repeated = False
 
     @contextmanager
     def micro_batch(self, *, num_samples: float, loss_factor: float) -> Iterator[None]:
@@ -69,6 +72,7 @@ class GradientCapture:
         handles: list[RemovableHandle] = [
             parameter.register_hook(partial(self._take, index))  # type: ignore[no-untyped-call]  # torch is untyped here
             for index, parameter in enumerate(self.parameters)
+            if parameter.requires_grad
         ]
         try:
             yield
@@ -82,6 +86,8 @@ class GradientCapture:
                     zero = torch.zeros((), dtype=self._dtype, device=parameter.device)
                     self.spread.add(index, zero.expand(parameter.shape), num_samples=num_samples)
         self.num_groups += 1
+        self.num_repeated_backwards += self._repeated
+        self._repeated = False
         self.loss_factors.append((num_samples, loss_factor))
         if sign > 0:
             self.num_samples_a += num_samples
@@ -92,6 +98,9 @@ class GradientCapture:
         if self._current is None or grad.is_sparse:
             return
         sign, num_samples, loss_factor = self._current
+        if index in self._fired and self.spread is not None:
+            self._repeated = True
+            return
         self._fired.add(index)
         grad = grad.detach().to(self._dtype)
         if self.signed is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from trainer_hooks.capture.ddp import GradientCapture
 from trainer_hooks.capture.groups import MeasuredGroup
 from trainer_hooks.collectives import DataParallelGroup
 from trainer_hooks.estimators import euclidean, pure_noise_reading, sign, spectral
+from trainer_hooks.estimators.geometries import SPLIT_SUMS
 from trainer_hooks.estimators.sums import (
     NUM_SPLIT_SUMS,
     NUM_SPREAD_SUMS,
@@ -22,7 +24,7 @@ from trainer_hooks.estimators.sums import (
     spread_dual_norms,
 )
 
-_SPLIT_SUMS = {"euclidean": euclidean.split_sums, "sign": sign.split_sums, "spectral": spectral.split_sums}
+logger = logging.getLogger(__name__)
 
 
 class Counts(NamedTuple):
@@ -32,7 +34,7 @@ class Counts(NamedTuple):
     num_samples_b: float
     num_groups: int
     num_misweighted: int
-    """Micro-batches whose loss factor was not R n_j / B."""
+    """Micro-batches whose loss factor was not R n_j / B, or that had two backward passes."""
 
     @property
     def num_samples(self) -> float:
@@ -107,7 +109,7 @@ def _add_sums(
         difference = signed * (scale_a + scale_b)
         if scale_a != scale_b:
             difference = difference + mean_grad * (scale_a - scale_b)
-        row[:NUM_SPLIT_SUMS] += _finite_or_nan(_SPLIT_SUMS[geometry], half_a, half_b, difference)
+        row[:NUM_SPLIT_SUMS] += _finite_or_nan(SPLIT_SUMS[geometry], half_a, half_b, difference)
     if capture.spread is not None:
         if geometry == "spectral":
             covariance = capture.spread.covariance(index, num_groups=counts.num_groups)
@@ -119,9 +121,12 @@ def _add_sums(
 
 
 def _finite_or_nan(sums_of: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """LAPACK refuses NaN; a reading must report it and the other ranks must not be left waiting."""
+    """LAPACK refuses NaN and may fail on a finite matrix; no other rank may be left waiting for that."""
     if all(bool(tensor.isfinite().all()) for tensor in tensors):
-        return sums_of(*tensors)
+        try:
+            return sums_of(*tensors)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch hides it from type checkers
+            logger.warning("a decomposition failed, this reading is NaN: shape=%s", tuple(tensors[0].shape))
     return torch.full((), torch.nan, dtype=torch.float64, device=tensors[0].device)
 
 
@@ -185,6 +190,7 @@ def _reduce_counts(capture: GradientCapture, data_parallel: DataParallelGroup) -
         abs(factor * total - data_parallel.size * num_samples) > 1e-6 * total
         for num_samples, factor in capture.loss_factors
     )
+    wrong += capture.num_repeated_backwards
     misweighted = torch.tensor(float(wrong), dtype=torch.float64, device=data_parallel.device)
     data_parallel.sum_(misweighted)
     return Counts(num_samples_a, num_samples_b, int(num_groups), int(misweighted.item()))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
+from gns_controller.core.contract import Decision
 from gns_controller.core.errors import GnsError, InvalidInputError
 from gns_controller.core.policies import PolicyState
 from gns_controller.core.runs import Registration, RunSpecification
@@ -22,6 +24,7 @@ def connect(
     run_id: str,
     specification: RunSpecification,
     policy_state: PolicyState,
+    pending: Mapping[int, Decision],
     url: str | None,
     token: str | None,
     spool_directory: Path,
@@ -41,7 +44,7 @@ def connect(
     problem: GnsError | None = None
     if data_parallel.rank == 0:
         if url is None:
-            client = LocalController(specification, policy_state)
+            client = LocalController(specification, policy_state, pending)
         else:
             try:
                 client = HttpController(
@@ -51,13 +54,15 @@ def connect(
                         specification=specification, incarnation=secrets.token_hex(16), resume_step=resume_step
                     ),
                     state=policy_state,
+                    pending=pending,
                     spool_directory=spool_directory,
                     token=token,
                     decision_deadline_seconds=decision_deadline_seconds,
                 )
                 client.wait_registered(deadline_seconds=_REGISTRATION_SECONDS)
-            except GnsError as error:
-                problem = error
+            except Exception as error:
+                # Whatever it is, the other ranks wait in the broadcast below.
+                problem = error if isinstance(error, GnsError) else InvalidInputError(f"controller={url!r}: {error}")
                 if client is not None:
                     client.close(deadline_seconds=1.0)
     message = {"ok": True} if problem is None else {"error": str(problem)[:2000]}

@@ -1,8 +1,9 @@
 """A controller over HTTP, from a background thread, that training never waits for beyond a deadline.
 
 The training thread hands measurements over and folds them with the local policy. One thread puts them on disk, another
-registers and posts them in order, so that neither a slow disk nor a silent network holds up the other or the training.
-On silence the local verdict stands; from then on nobody waits until the controller has answered within the deadline.
+registers and posts what is on disk, in order. A silent network does not keep measurements from the disk; a slow disk
+delays answers, and then, as on any silence, the local verdict stands. After one silence nobody waits until the
+controller has answered within the deadline.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from gns_controller.core.contract import NoiseScaleMeasurement
+from gns_controller.core.contract import Decision, NoiseScaleMeasurement
 from gns_controller.core.errors import GnsError, InvalidInputError, RunConflictError, StaleAttemptError
 from gns_controller.core.policies import PolicyState
 from gns_controller.core.runs import IngestReply, Registration, RegistrationReply
@@ -28,6 +29,7 @@ from trainer_hooks.client.spool import Spool, leftovers
 
 logger = logging.getLogger(__name__)
 
+_PROBLEM_PREFIX = "urn:gns-controller:problem:"
 _MAX_PER_REQUEST = 100
 _FIRST_RETRY_SECONDS = 0.5
 _LONGEST_RETRY_SECONDS = 30.0
@@ -51,6 +53,7 @@ class HttpController:
         registration: specification and incarnation.
         state: where the fold starts.
         spool_directory: measurements wait here while the controller is away.
+        pending: decisions of a checkpoint that are not in force yet, by optimizer_step.
         token: bearer token, if the controller asks for one.
         decision_deadline_seconds: an answer slower than this does not make anybody wait again.
         timeout_seconds: for one request of the background thread.
@@ -68,17 +71,25 @@ class HttpController:
         registration: Registration,
         state: PolicyState,
         spool_directory: Path,
+        pending: Mapping[int, Decision] | None = None,
         token: str | None = None,
         decision_deadline_seconds: float = 2.0,
         timeout_seconds: float = 10.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        address = httpx.URL(url)
+        try:
+            address = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise InvalidInputError(f"controller={url!r} is not an address: {error}.") from None
         if address.scheme not in ("http", "https") or not address.host:
             raise InvalidInputError(f"controller={url!r} is not an address like http://127.0.0.1:8000.")
+        token = (token or "").strip()
+        if not (token.isascii() and token.isprintable()):
+            raise InvalidInputError("the controller's token holds characters that no token has.")
         self._run_id = run_id
         self._registration = registration
-        self._local = LocalController(registration.specification, state)
+        self._local = LocalController(registration.specification, state, pending)
+        self._resumed_steps = frozenset(pending or ())
         self._spool_directory = spool_directory
         self._deadline_seconds = decision_deadline_seconds
         self._http = httpx.Client(
@@ -93,7 +104,7 @@ class HttpController:
         self._unspooled: deque[NoiseScaleMeasurement] = deque()
         self._unsent: deque[NoiseScaleMeasurement] = deque()
         self._num_sent = 0
-        self._reply: IngestReply | None = None
+        self._replies: dict[int, IngestReply] = {}
         self._answered_step = -1
         self._attempt: int | None = None
         self._refusal: GnsError | None = None
@@ -114,6 +125,11 @@ class HttpController:
     def state(self) -> PolicyState:
         """What the local policy remembers."""
         return self._local.state
+
+    @property
+    def pending(self) -> dict[int, Decision]:
+        """Local decisions whose verdict was not asked for yet."""
+        return self._local.pending
 
     def wait_registered(self, *, deadline_seconds: float) -> None:
         """Wait for the first answer, a refusal included; silence is not an error.
@@ -139,6 +155,8 @@ class HttpController:
     def verdict(self, *, optimizer_step: int, deadline_seconds: float) -> Verdict:
         """The controller's plan if its answer to that step is here in time, else the local one."""
         local = self._local.verdict(optimizer_step=optimizer_step, deadline_seconds=0)
+        if optimizer_step in self._resumed_steps:
+            return local  # measured before the checkpoint: this incarnation never sent it
         with self._changed:
             in_time = self._changed.wait_for(
                 lambda: self._answered_step >= optimizer_step or self._away or self._refusal is not None,
@@ -151,8 +169,9 @@ class HttpController:
                     self._run_id,
                     deadline_seconds,
                 )
-            reply = self._reply
-        if reply is None or reply.decision is None or reply.decision.optimizer_step != optimizer_step:
+            reply = self._replies.pop(optimizer_step, None)
+            self._replies = {step: kept for step, kept in self._replies.items() if step > optimizer_step}
+        if reply is None or reply.decision is None:
             return local
         if reply.plan != local.plan:
             self._local.state = self._local.state.model_copy(update={"plan": reply.plan})
@@ -176,6 +195,7 @@ class HttpController:
             )
 
     def _spool_forever(self) -> None:
+        self._spool.open()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self._unspooled)
@@ -225,11 +245,14 @@ class HttpController:
                 for _ in batch:
                     self._unsent.popleft()
                 self._num_sent += len(batch)
-                self._spool.mark_sent(self._num_sent)
                 self._take_reply(reply, optimizer_step=batch[-1].optimizer_step, slow=slow)
+                self._spool.mark_sent(self._num_sent)
         except _RefusedError as refusal:
             self._take_refusal(refusal)
         except (httpx.HTTPError, ValueError, OSError) as error:
+            self._note_away(error)
+        except Exception as error:
+            logger.exception("sending failed in a way that we did not foresee: run_id=%s", self._run_id)
             self._note_away(error)
         else:
             self._note_back()
@@ -238,16 +261,21 @@ class HttpController:
         for leftover in leftovers(
             self._spool_directory, run_id=self._run_id, except_incarnation=self._registration.incarnation
         ):
+            refused = False
             try:
                 attempt = self._register(leftover.registration)
                 measurements = leftover.measurements
                 for start in range(0, len(measurements), _MAX_PER_REQUEST):
                     self._post(measurements[start : start + _MAX_PER_REQUEST], attempt=attempt)
             except _RefusedError as refusal:
-                logger.warning("controller refuses an old spool, set aside: path=%s reason=%s", leftover.path, refusal)
-                leftover.set_aside()
-            else:
-                leftover.remove()
+                if refusal.status != 409:
+                    raise
+                logger.warning("controller refuses an old spool: path=%s reason=%s", leftover.path, refusal)
+                refused = True
+            try:
+                leftover.dispose(refused=refused)
+            except OSError as error:
+                logger.warning("old spool cannot be removed: path=%s error=%s", leftover.path, error)
 
     def _register(self, registration: Registration) -> int:
         response = self._http.put(
@@ -266,19 +294,23 @@ class HttpController:
             content=f'{{"measurements":[{",".join(lines)}]}}',
             headers={"Content-Type": "application/json"},
         )
-        if response.status_code in (400, 413, 422):
+        try:
+            _raise_unless_accepted(response)
+        except _RefusedError as refusal:
+            if refusal.status not in (400, 413, 422):
+                raise
             if len(batch) > 1:
                 middle = len(batch) // 2
                 first = self._post(batch[:middle], attempt=attempt)
                 return self._post(batch[middle:], attempt=attempt) or first
             logger.error(
-                "controller cannot take this measurement, left out: run_id=%s optimizer_step=%d status=%d",
+                "controller cannot take this measurement, set aside: run_id=%s optimizer_step=%d reason=%s",
                 self._run_id,
                 batch[0].optimizer_step,
-                response.status_code,
+                refusal,
             )
+            self._spool.set_aside(batch[0])
             return None
-        _raise_unless_accepted(response)
         return IngestReply.model_validate_json(response.content)
 
     def _set_attempt(self, attempt: int) -> None:
@@ -290,7 +322,8 @@ class HttpController:
         with self._changed:
             self._slow = slow
             self._answered_step = optimizer_step
-            self._reply = reply or self._reply
+            if reply is not None and reply.decision is not None:
+                self._replies[reply.decision.optimizer_step] = reply
             self._changed.notify_all()
 
     def _take_refusal(self, refusal: _RefusedError) -> None:
@@ -337,20 +370,33 @@ def _raise_unless_accepted(response: httpx.Response) -> None:
     """Our service's word is final below 500; anything else, a proxy's page included, is an outage."""
     if response.is_success:
         return
-    is_problem = response.headers.get("content-type", "").startswith("application/problem+json")
-    if response.status_code < 500 and response.status_code != 429 and is_problem:
-        raise _RefusedError(response.status_code, response.json())
+    if response.status_code < 500 and response.status_code != 429:
+        problem = _problem_of(response)
+        if problem is not None:
+            raise _RefusedError(response.status_code, problem)
     response.raise_for_status()
     raise httpx.HTTPError(f"unexpected answer {response.status_code}")
 
 
+def _problem_of(response: httpx.Response) -> dict[str, Any] | None:
+    """Our service's problem details; None for anybody else's answer."""
+    if not response.headers.get("content-type", "").startswith("application/problem+json"):
+        return None
+    try:
+        problem = response.json()
+    except ValueError:
+        return None
+    return problem if isinstance(problem, dict) and str(problem.get("type")).startswith(_PROBLEM_PREFIX) else None
+
+
 def _error_for(refusal: _RefusedError, *, run_id: str, attempt: int | None) -> GnsError:
     problem = refusal.problem
-    if "registered" in problem and "requested" in problem:
+    if isinstance(problem.get("registered"), dict) and isinstance(problem.get("requested"), dict):
         return RunConflictError(run_id, registered=problem["registered"], requested=problem["requested"])
     if refusal.status == 409:
         return StaleAttemptError(run_id, attempt=attempt or 0, current_attempt=problem.get("current_attempt", 0))
-    pointers = "; ".join(f"{e.get('pointer')}: {e.get('detail')}" for e in problem.get("errors", []))
+    errors = [error for error in problem.get("errors") or [] if isinstance(error, dict)]
+    pointers = "; ".join(f"{error.get('pointer')}: {error.get('detail')}" for error in errors)
     return InvalidInputError(
         f"the controller refuses run {run_id!r}: {refusal}{' (' + pointers + ')' if pointers else ''}"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from gns_controller.core.contract import Decision, NoiseScaleMeasurement
 from gns_controller.core.policies import PolicyState, decide
 from gns_controller.core.runs import RunSpecification
@@ -14,12 +16,15 @@ class LocalController:
     Args:
         specification: of the run.
         state: where the fold starts.
+        pending: decisions of a checkpoint that are not in force yet, by optimizer_step.
     """
 
-    def __init__(self, specification: RunSpecification, state: PolicyState) -> None:
+    def __init__(
+        self, specification: RunSpecification, state: PolicyState, pending: Mapping[int, Decision] | None = None
+    ) -> None:
         self._specification = specification
         self._state = state
-        self._decisions: dict[int, Decision] = {}
+        self._decisions = dict(pending or {})
 
     @property
     def state(self) -> PolicyState:
@@ -29,6 +34,11 @@ class LocalController:
     @state.setter
     def state(self, state: PolicyState) -> None:
         self._state = state
+
+    @property
+    def pending(self) -> dict[int, Decision]:
+        """Decisions whose verdict was not asked for yet."""
+        return dict(self._decisions)
 
     def wait_registered(self, *, deadline_seconds: float) -> None:
         """Nothing to wait for."""
@@ -45,9 +55,9 @@ class LocalController:
         self._decisions[measurement.optimizer_step] = decision
 
     def verdict(self, *, optimizer_step: int, deadline_seconds: float) -> Verdict:
-        """The plan after the measurement of that step, which must have been reported. Older ones are forgotten."""
+        """The plan after the measurement of that step. Older ones are forgotten."""
         self._decisions = {step: kept for step, kept in self._decisions.items() if step >= optimizer_step}
-        decision = self._decisions[optimizer_step]
+        decision = self._decisions.pop(optimizer_step)
         return Verdict(decision.plan, "local", decision)
 
     def close(self, *, deadline_seconds: float) -> None:

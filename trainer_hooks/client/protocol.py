@@ -27,6 +27,11 @@ class Controller(Protocol):
         """What the policy remembers, for the checkpoint."""
         ...
 
+    @property
+    def pending(self) -> dict[int, Decision]:
+        """Decisions whose verdict was not asked for yet, by optimizer_step, for the checkpoint."""
+        ...
+
     def wait_registered(self, *, deadline_seconds: float) -> None:
         """Give the registration a moment, so that a wrong specification is told at attach.
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from gns_controller.core.contract import Geometry
 from gns_controller.core.errors import GeometryError, InvalidInputError, TooFewGroupsError
 from trainer_hooks.estimators import euclidean, sign, spectral
+from trainer_hooks.estimators.geometries import SPLIT_SUMS
 from trainer_hooks.estimators.sums import DualNorms, split_dual_norms, spread_dual_norms
 
 Gradients = Sequence[Tensor | None]
 """One sample group's mean gradient, tensor by tensor. None: this tensor got no gradient, which counts as zero."""
 
 _GEOMETRIES = ("euclidean", "sign", "spectral")
-_SPLIT_SUMS = {"euclidean": euclidean.split_sums, "sign": sign.split_sums, "spectral": spectral.split_sums}
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def split(
     for grads in columns:
         half_a = _weighted_mean(grads[: len(groups_a)], sizes_a)
         half_b = _weighted_mean(grads[len(groups_a) :], sizes_b)
-        sums += _SPLIT_SUMS[geometry](half_a, half_b, half_a - half_b)
+        sums += SPLIT_SUMS[geometry](half_a, half_b, half_a - half_b)
     norms = split_dual_norms(sums, geometry=geometry, num_samples_a=num_samples_a, num_samples_b=num_samples_b)
     assert norms.progress is not None
     return _estimate(norms, norms.signal * norms.progress, None)

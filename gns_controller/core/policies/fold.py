@@ -25,7 +25,6 @@ from gns_controller.core.contract import (
 from gns_controller.core.coupling import learning_rate_factor
 from gns_controller.core.smoothing import SmoothedNoiseScale
 
-
 LARGEST_BATCH_SIZE = 2**40
 """A signal near zero asks for more samples than numbers can count; more than anybody has is enough."""
 
@@ -112,7 +111,13 @@ def adopt(state: PolicyState, measurement: NoiseScaleMeasurement, *, rules: Batc
     pinned another batch, or the world size changed on a restart.
     """
     plan = state.plan
-    if measurement.optimizer_step < plan.effective_step or measurement.global_batch_size == plan.global_batch_size:
+    in_force = (plan.global_batch_size, plan.micro_batch_size, plan.gradient_accumulation_steps)
+    reported = (
+        measurement.global_batch_size,
+        measurement.micro_batch_size,
+        measurement.gradient_accumulation_steps,
+    )
+    if measurement.optimizer_step < plan.effective_step or reported == in_force:
         return state
     measured = BatchPlan(
         version=max(plan.version, measurement.plan_version),
@@ -126,6 +131,8 @@ def adopt(state: PolicyState, measurement: NoiseScaleMeasurement, *, rules: Batc
         ),
         effective_step=measurement.optimizer_step,
     )
+    if measurement.global_batch_size == plan.global_batch_size:
+        return state.model_copy(update={"plan": measured})
     return state.model_copy(
         update={
             "plan": measured,

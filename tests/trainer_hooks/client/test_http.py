@@ -141,7 +141,7 @@ def test_a_slow_controller_is_waited_for_once_and_again_after_it_answers_in_time
     assert [step for _, step in steps_stored(service)][:2] == [100, 200]
 
 
-@pytest.mark.parametrize("status", [500, 502, 503, 429, 200])
+@pytest.mark.parametrize("status", [500, 502, 503, 429, 200, 400, 401, 403, 404, 409, 413, 422])
 def test_any_answer_that_is_not_ours_counts_as_an_outage(service: Any, tmp_path: Path, status: int) -> None:
     wire = Wire(service.transport)
     client = client_for(wire, tmp_path)
@@ -181,7 +181,7 @@ def test_one_measurement_that_the_service_cannot_take_does_not_hold_up_the_other
 
     def picky(request: httpx.Request) -> httpx.Response:
         if b'"optimizer_step":200' in request.content:
-            problem = {"title": "no", "detail": "no"}
+            problem = {"type": "urn:gns-controller:problem:invalid-input", "title": "no", "detail": "no"}
             headers = {"content-type": "application/problem+json"}
             return httpx.Response(422, content=json.dumps(problem), headers=headers, request=request)
         return service.transport.handle_request(request)
@@ -193,6 +193,9 @@ def test_one_measurement_that_the_service_cannot_take_does_not_hold_up_the_other
     wire.instead = picky
     client.close(deadline_seconds=10)
     assert steps_stored(service) == [(0, 100), (0, 300)]
+    [rejected] = (tmp_path / "spool" / "run").iterdir()
+    assert rejected.suffix == ".rejected"
+    assert json.loads(rejected.read_text())["optimizer_step"] == 200
 
 
 def test_a_disk_that_cannot_be_written_costs_durability_not_training(service: Any, tmp_path: Path) -> None:
@@ -230,3 +233,59 @@ def test_the_spool_of_a_job_that_still_runs_is_not_taken_for_a_leftover(service:
     assert len(spool.read_text().splitlines()) == 2
     assert steps_stored(service) == []
     living.close(deadline_seconds=10)
+
+
+def test_a_missing_token_leaves_an_old_spool_for_the_next_attempt(tmp_path: Path) -> None:
+    wire = Wire(httpx.MockTransport(refuse))
+    first = client_for(wire, tmp_path)
+    first.report(measurement(100, reading(noise_scale=8.0)))
+    first.close(deadline_seconds=10)
+    guarded = Service(f"sqlite:///{tmp_path / 'gns.db'}", token_hashes="0" * 64)
+    try:
+        client_for(Wire(guarded.transport), tmp_path, incarnation="second-incarnation").close(deadline_seconds=10)
+    finally:
+        guarded.close()
+    names = {path.name for path in (tmp_path / "spool" / "run").iterdir()}
+    assert "first-incarnation.jsonl" in names
+    assert not any(name.endswith(".refused") for name in names)
+
+
+def test_a_controller_restored_from_a_backup_gets_the_run_registered_again(service: Any, tmp_path: Path) -> None:
+    """The database knows the first incarnation only; the second one had registered before the backup came back."""
+    wire = Wire(service.transport)
+    client_for(wire, tmp_path).close(deadline_seconds=10)
+    second = client_for(wire, tmp_path, incarnation="second-incarnation")
+    second.wait_registered(deadline_seconds=10)
+    second._attempt = 7
+    second.report(measurement(100, reading(noise_scale=8.0)))
+    for _ in range(1000):
+        if steps_stored(service):
+            break
+        threading.Event().wait(0.01)
+    second.close(deadline_seconds=10)
+    assert steps_stored(service) == [(1, 100)]
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{", b'{"type": 3, "errors": 5}'])
+def test_a_malformed_problem_does_not_end_the_sender(service: Any, tmp_path: Path, body: bytes) -> None:
+    wire = Wire(service.transport)
+    client = client_for(wire, tmp_path)
+    client.wait_registered(deadline_seconds=10)
+    headers = {"content-type": "application/problem+json"}
+    wire.instead = lambda request: httpx.Response(400, content=body, headers=headers, request=request)
+    client.report(measurement(100, reading(noise_scale=8.0)))
+    assert client.verdict(optimizer_step=100, deadline_seconds=3600).source == "local"
+    wire.instead = None
+    client.close(deadline_seconds=10)
+    assert steps_stored(service) == [(0, 100)]
+
+
+def test_a_line_of_an_old_spool_that_cannot_be_read_keeps_the_file(service: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "spool" / "run"
+    folder.mkdir(parents=True)
+    old = Registration(specification=specification(), incarnation="an-older-incarnation")
+    lines = [old.model_dump_json(), '{"renamed": 1}', measurement(60, reading(noise_scale=8.0)).model_dump_json()]
+    (folder / "an-older-incarnation.jsonl").write_text("\n".join(lines) + "\n")
+    client_for(Wire(service.transport), tmp_path).close(deadline_seconds=10)
+    assert steps_stored(service) == [(0, 60)]
+    assert [path.name for path in folder.iterdir()] == ["an-older-incarnation.unreadable"]

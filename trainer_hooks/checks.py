@@ -1,0 +1,93 @@
+"""What attach finds wrong before anything is opened: the same answer on every rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable
+from gns_controller.core.contract import BatchPlan, Estimator, RunId
+from gns_controller.core.errors import GeometryError, InvalidInputError, TooFewGroupsError
+from gns_controller.core.policies import AnyPolicyConfig, plan_for
+from trainer_hooks.capture import MeasuredGroup
+
+logger = logging.getLogger(__name__)
+
+
+def check_state(state: Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """The checkpoint is of this version and of these optimizers."""
+    if state.get("version") != 1:
+        raise InvalidInputError(f"session state of version {state.get('version')!r}; this program reads version 1.")
+    saved = [len(rates) for rates in state["base_learning_rates"]]
+    present = [len(optimizer.param_groups) for optimizer in optimizers]
+    if saved != present:
+        raise InvalidInputError(
+            f"the checkpoint's optimizers have {saved} parameter groups, these have {present}: not the same optimizers."
+        )
+
+
+def reachable_plan(plan: BatchPlan, rules: BatchRules, *, data_parallel_size: int) -> BatchPlan:
+    """A checkpoint's plan cut for this number of ranks: the nearest reachable batch below, if the old one is not."""
+    batch_size = floor_to_reachable(
+        plan.global_batch_size,
+        micro_batch_size=rules.micro_batch_size,
+        data_parallel_size=data_parallel_size,
+        micro_batch_granularity=rules.micro_batch_granularity,
+    )
+    if batch_size != plan.global_batch_size:
+        logger.warning(
+            "batch is not reachable on this many ranks: data_parallel_size=%d global_batch_size=%d->%d",
+            data_parallel_size,
+            plan.global_batch_size,
+            batch_size,
+        )
+    return plan_for(
+        rules,
+        batch_size,
+        data_parallel_size=data_parallel_size,
+        version=plan.version,
+        effective_step=plan.effective_step,
+    )
+
+
+def check_names(run: str, estimators: Sequence[str], policy: AnyPolicyConfig | None) -> None:
+    """The run has a name, the estimators exist, and the policy's is among them."""
+    try:
+        TypeAdapter(RunId).validate_python(run)
+    except ValidationError:
+        raise InvalidInputError(
+            f"run={run!r} is not a name: 1 to 128 letters, digits, dots, underscores and hyphens, "
+            "a letter or digit first."
+        ) from None
+    unknown = sorted(set(estimators) - set(get_args(Estimator)))
+    if unknown:
+        raise InvalidInputError(f"estimators {unknown} do not exist; there are {', '.join(get_args(Estimator))}.")
+    if policy is not None and estimators and policy.estimator not in estimators:
+        raise InvalidInputError(
+            f"the policy follows {policy.estimator}, and estimators={list(estimators)} does not measure it."
+        )
+
+
+def check_measurable(
+    groups: Sequence[MeasuredGroup],
+    policy: AnyPolicyConfig,
+    *,
+    global_batch_size: int,
+    data_parallel_size: int,
+) -> None:
+    """There is something to compare, in the geometry that the policy follows."""
+    if data_parallel_size == 1 and global_batch_size < 2:
+        raise TooFewGroupsError(
+            "one rank with one sample per step has nothing to compare: raise global_batch_size to 2 or more "
+            "(a measured step is then split into two micro-batches), or use two ranks."
+        )
+    found = sorted({group.geometry for group in groups})
+    if policy.geometry is not None and policy.geometry not in found:
+        raise GeometryError(
+            f"the policy follows geometry {policy.geometry!r}, and no parameter group has it; "
+            f"groups have {', '.join(found)}."
+        )
