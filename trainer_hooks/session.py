@@ -227,14 +227,12 @@ class AdaptiveBatch:
             mode=mode,
             description=description,
         )
+        saved_decisions = state["pending"] if state else {}
         client = connect(
             run_id=run,
             specification=specification,
             policy_state=policy_state,
-            pending={
-                int(step): Decision.model_validate(decision)
-                for step, decision in (state or {}).get("pending", {}).items()
-            },
+            pending={int(step): Decision.model_validate(found) for step, found in saved_decisions.items()},
             url=controller,
             token=token or os.environ.get("GNS_TOKEN"),
             spool_directory=Path(spool_directory),

@@ -27,7 +27,7 @@ class RunResult:
     def read(cls, path: Path, *, name: str, title: str) -> RunResult:
         """From the JSON-lines file of the example job; unfinished lines are left out."""
         result = cls(name, title)
-        for line in path.read_text().splitlines():
+        for line in path.read_text().split("\n")[:-1]:
             entry = json.loads(line)
             kind = entry.pop("kind")
             if kind == "evaluation":

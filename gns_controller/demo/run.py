@@ -56,6 +56,8 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
     for module in ("torch", "matplotlib"):
         if importlib.util.find_spec(module) is None:
             raise MissingDependencyError(f"the demonstration needs {module}: pip install 'gns-controller[demo]'.")
+    for signal_number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_number, _leave)
     settings.output.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     with _controller(settings) as url:
@@ -81,6 +83,11 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
                 while True:
                     time.sleep(3600)
     return rows
+
+
+def _leave(signal_number: int, _frame: object) -> None:
+    """A closed terminal or a polite kill unwinds like Ctrl-C, so that no child stays behind."""
+    raise SystemExit(128 + signal_number)
 
 
 def _run_methods(settings: DemoSettings, url: str, stamp: str, console: Console) -> list[RunResult]:

@@ -33,7 +33,10 @@ def processes_naming(folder: Path) -> list[str]:
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for left-over processes in /proc")
-def test_one_ctrl_c_ends_every_process_that_the_demonstration_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_one_signal_ends_every_process_that_the_demonstration_started(
+    tmp_path: Path, sent: signal.Signals, status: int
+) -> None:
     output = tmp_path / "out"
     command = [*COMMAND, "--output", str(output), "--budget-samples", "50000"]
     with subprocess.Popen(command, env=environment_with(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as demo:
@@ -44,9 +47,9 @@ def test_one_ctrl_c_ends_every_process_that_the_demonstration_started(tmp_path: 
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert len(processes_naming(output)) >= 4  # the demo, the controller, torchrun, its ranks
-        demo.send_signal(signal.SIGINT)
+        demo.send_signal(sent)
         demo.communicate(timeout=60)
-    assert demo.returncode == 130
+    assert demo.returncode == status
     assert processes_naming(output) == []
 
 

@@ -146,4 +146,7 @@ def test_a_run_name_taken_by_another_specification_is_told_on_every_rank(
 ) -> None:
     torchrun(WORKER, *arguments(tmp_path, controller.url, budget=320), num_ranks=2)
     result = torchrun(WORKER, *arguments(tmp_path, controller.url, budget=640), num_ranks=2, expect_status=(1,))
-    assert "exists with another specification (budget_samples: registered 320, requested 640)" in result.stderr
+    for rank in range(2):
+        told = f"train_lm: rank {rank}: "
+        [sentence] = [line for line in result.stderr.splitlines() if told in line]
+        assert "exists with another specification (budget_samples: registered 320, requested 640)" in sentence

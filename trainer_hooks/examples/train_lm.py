@@ -128,10 +128,12 @@ class Job:
             model = DistributedDataParallel(model)
         self.model = torch.compile(model) if options.compile else model
         self.ddp_model = model
-        self.output = options.output.open("w") if options.output and self.rank == 0 else None
         self.started_at = time.perf_counter()
         self.training_seconds = 0.0
         checkpoint = self._read_checkpoint()
+        self.output = None
+        if options.output and self.rank == 0:
+            self.output = options.output.open("a" if checkpoint else "w")
         self.session = self._attach(checkpoint)
         self.record(
             "start",
@@ -331,8 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if dist.is_initialized():
             dist.barrier()
     except (GnsError, ValidationError, OSError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"train_lm: {error}", file=sys.stderr, flush=True)
+        print(f"train_lm: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -36,8 +36,8 @@ def test_a_new_incarnation_begins_the_next_attempt_and_fences_the_old_one_off(se
 def test_an_attempt_that_was_never_registered_is_refused(service: Service) -> None:
     service.register()
     response = service.report(report(1, attempt=1))
-    assert response.status_code == 422
-    assert "Register first" in response.json()["detail"]
+    assert response.status_code == 404
+    assert "attempt 1 of run 'run' is not registered here, 0 is the last" in response.json()["detail"]
 
 
 def test_a_restart_goes_on_from_the_state_at_its_checkpoint_and_keeps_both_histories(service: Service) -> None:
