@@ -28,7 +28,8 @@ def take(database: Path, folder: Path) -> None:
         controller.start()
         driver = start_browser(Path(directory) / "chromium")
         try:
-            names = [run["run_id"] for run in httpx.get(f"{controller.url}/api/v1/runs").json()["items"]]
+            runs = httpx.get(f"{controller.url}/api/v1/runs").raise_for_status().json()["items"]
+            names = [run["run_id"] for run in runs]
             page = Page(driver)
             page.resize(1360, 560)
             page.open(controller.url)

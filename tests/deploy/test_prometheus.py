@@ -117,6 +117,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScrapedControl
     job = RealRun(controller, tmp_path_factory.mktemp("job"), run_id=RUN_ID)
     prometheus = None
     try:
+        job.until_registered()
         prometheus = ScrapedController(tmp_path_factory.mktemp("prometheus"), controller)
         yield prometheus
     finally:
