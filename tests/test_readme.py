@@ -46,3 +46,16 @@ def test_every_link_of_the_documentation_leads_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
             if "://" not in target and not target.startswith("mailto:"):
                 assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_the_table_of_the_readme_is_that_of_the_evidence() -> None:
+    readme, evidence = (ROOT / "README.md").read_text(), (ROOT / "docs" / "evidence" / "demo.md").read_text()
+    assert "<!--" not in readme
+    shown = [line for line in readme.splitlines() if line.startswith("| ")]
+    measured = {line.split("|")[1].strip(): line for line in evidence.splitlines() if line.startswith("| ")}
+    methods = [line.split("|")[1].strip() for line in shown[1:]]
+    assert len(methods) == 5
+    for line, method in zip(shown[1:], methods, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        recorded = [cell.strip() for cell in measured[method].strip("|").split("|")]
+        assert set(cells) <= set(recorded), method

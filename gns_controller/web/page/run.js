@@ -221,11 +221,14 @@ class Header {
     setText(this.speed.note, measurement?.step_seconds == null ? "samples" : `samples, ${format.seconds(measurement.step_seconds)} per step`);
     this.progress.value = Math.min(1, view.samples_seen / specification.budget_samples);
     setText(this.share, progressText(view));
-    if (decision && this.reason.dataset.reason !== decision.reason) {
-      this.reason.dataset.reason = decision.reason;
-      this.reason.replaceChildren(badge(decision.reason));
+    const finished = view.state === "finished";
+    const reason = finished ? "" : decision?.reason ?? "";
+    if (this.reason.dataset.reason !== reason) {
+      this.reason.dataset.reason = reason;
+      this.reason.replaceChildren(...(reason ? [badge(reason)] : []));
     }
-    setText(this.sentence, decision?.explanation ?? "No decision yet.");
+    const end = `Finished after ${format.whole(view.optimizer_step)} steps with a batch of ${format.whole(batchInForce(view))} samples.`;
+    setText(this.sentence, finished ? end : decision?.explanation ?? "No decision yet.");
     const facts = factsOf(view);
     const key = JSON.stringify(facts);
     if (this.shown !== key) {
