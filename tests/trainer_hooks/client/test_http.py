@@ -226,7 +226,7 @@ def test_the_spool_of_a_job_that_still_runs_is_not_taken_for_a_leftover(service:
     living.report(measurement(100, reading(noise_scale=8.0)))
     spool = tmp_path / "spool" / "run" / "first-incarnation.jsonl"
     for _ in range(500):
-        if len(spool.read_text().splitlines()) == 2:
+        if spool.exists() and len(spool.read_text().splitlines()) == 2:
             break
         threading.Event().wait(0.01)
     client_for(Wire(service.transport), tmp_path, incarnation="second-incarnation").close(deadline_seconds=10)
