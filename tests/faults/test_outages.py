@@ -111,6 +111,7 @@ def test_a_controller_killed_in_the_middle_of_a_job_costs_nothing(
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_job_with_a_black_hole_for_a_controller_trains_to_the_end_and_keeps_what_it_measured(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -141,6 +142,7 @@ def test_a_job_with_a_black_hole_for_a_controller_trains_to_the_end_and_keeps_wh
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_run_name_taken_by_another_specification_is_told_on_every_rank(
     tmp_path: Path, controller: ControllerProcess
 ) -> None:
