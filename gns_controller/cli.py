@@ -238,11 +238,19 @@ def run_show(
         "samples": f"{view['samples_seen']} of {view['specification']['budget_samples']}",
         "batch": f"{view['plan']['global_batch_size']} samples (plan {view['plan']['version']})",
         "policy": view["policy"]["policy"],
-        "noise scale": decision.get("noise_scale", "-"),
+        "noise scale": _noise_scale_text(decision),
         "last decision": decision.get("explanation", "-"),
     }
     for key, value in rows.items():
         print(f"{key:<16} {value}")
+
+
+def _noise_scale_text(decision: dict[str, Any]) -> str:
+    value, low, high = (decision.get(name) for name in ("noise_scale", "noise_scale_low", "noise_scale_high"))
+    shown = "-" if value is None else f"{value:.4g} samples"
+    if low is not None:
+        shown += f" ({low:.4g} or more)" if high is None else f" ({low:.4g} to {high:.4g})"
+    return shown + (", unresolved" if decision.get("unresolved") else "")
 
 
 @config.command("show")

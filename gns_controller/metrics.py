@@ -99,6 +99,16 @@ READING_METRICS = (
         _of_decision(lambda decision: decision.noise_scale),
     ),
     _RunMetric(
+        "gns_noise_scale_low_samples",
+        "Lower end of the noise scale, two standard errors of the averages of noise and signal away.",
+        _of_decision(lambda decision: decision.noise_scale_low),
+    ),
+    _RunMetric(
+        "gns_noise_scale_high_samples",
+        "Upper end of the noise scale; missing while there is none.",
+        _of_decision(lambda decision: decision.noise_scale_high),
+    ),
+    _RunMetric(
         "gns_noise_scale_ceiling_samples",
         "The largest noise scale that the estimator can read now.",
         _of_decision(lambda decision: decision.ceiling_samples),

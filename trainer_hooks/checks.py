@@ -17,6 +17,8 @@ from trainer_hooks.capture import MeasuredGroup
 
 logger = logging.getLogger(__name__)
 
+MOST_SIGN_PATTERNS = 63
+
 
 def check_state(state: Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """The checkpoint is of this version and of these optimizers."""
@@ -90,4 +92,15 @@ def check_measurable(
         raise GeometryError(
             f"the policy follows geometry {policy.geometry!r}, and no parameter group has it; "
             f"groups have {', '.join(found)}."
+        )
+
+
+def check_measuring(*, budget: float | None, num_sign_patterns: int | None) -> None:
+    """What measuring may cost and how finely it splits are numbers in their range."""
+    if budget is not None and not 0 < budget < 1:
+        raise InvalidInputError(f"measurement_budget={budget:g} must be a share of time between 0 and 1, like 0.01.")
+    if num_sign_patterns is not None and not 1 <= num_sign_patterns <= MOST_SIGN_PATTERNS:
+        raise InvalidInputError(
+            f"num_sign_patterns={num_sign_patterns} must be between 1 and {MOST_SIGN_PATTERNS}: each needs a buffer of "
+            "the gradient's size."
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ _MESSAGE_BYTES = 65536
 
 
 @dataclass(frozen=True)
-class DataParallelGroup:
-    """The ranks that see different samples, and how to reach them. A single process is a group of one."""
+class RankGroup:
+    """Ranks that work on one model, and how to reach them. A single process is a group of one."""
 
     rank: int
     size: int
@@ -31,7 +32,7 @@ class DataParallelGroup:
     process_group: dist.ProcessGroup | None
 
     @classmethod
-    def find(cls, device: torch.device, process_group: dist.ProcessGroup | None = None) -> DataParallelGroup:
+    def find(cls, device: torch.device, process_group: dist.ProcessGroup | None = None) -> RankGroup:
         """The given group, else the default one, else a group of one."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls(rank=0, size=1, device=device, process_group=None)
@@ -42,6 +43,33 @@ class DataParallelGroup:
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.process_group)
         return tensor
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Everybody's small picklable object, in the order of ranks, on every rank. For attach, not for steps."""
+        if self.size == 1:
+            return [item]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, item, group=self.process_group)
+        return gathered
+
+    def gather_rows(self, row: Tensor) -> Tensor:
+        """(size, *row.shape): everybody's tensor of one shape, on every rank."""
+        if self.size == 1:
+            return row[None]
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        dist.all_gather(rows, row, group=self.process_group)
+        return torch.stack(rows)
+
+    def exchange(self, outgoing: Tensor, *, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
+        """All-to-all of one flat tensor: send_sizes[r] elements go to rank r, receive_sizes[r] come from it.
+
+        Every rank knows every size beforehand, so sizes that do not match are our own bug.
+        """
+        if self.size == 1:
+            return outgoing
+        incoming = outgoing.new_empty(sum(receive_sizes))
+        dist.all_to_all_single(incoming, outgoing, list(receive_sizes), list(send_sizes), group=self.process_group)
+        return incoming
 
     def broadcast_message(self, message: dict[str, Any] | None) -> dict[str, Any]:
         """A small JSON object from rank 0 to all. Other ranks' argument is ignored."""
@@ -63,12 +91,34 @@ class DataParallelGroup:
         return received
 
 
+def group_of(members: Sequence[int], device: torch.device) -> RankGroup:
+    """The group of these global ranks, this one included: the default group where it is they. Called by all of them."""
+    ordered = sorted(members)
+    if ordered == list(range(dist.get_world_size())):
+        return RankGroup.find(device)
+    return RankGroup.find(device, dist.new_group(ordered, use_local_synchronization=True))
+
+
+def sum_over(tensor: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
+    """Sum over the product of process groups (shards, then their replicas), in place."""
+    for group in groups:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
+    return tensor
+
+
+def scatter_sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum a flat tensor over a group and keep this rank's equal share of it."""
+    share = tensor.new_empty(tensor.numel() // group.size())
+    dist.reduce_scatter_single(share, tensor, op=dist.ReduceOp.SUM, group=group)
+    return share
+
+
 def plan_checksum(plan: BatchPlan) -> int:
     """CRC-32 of the plan's canonical JSON."""
     return zlib.crc32(plan.model_dump_json().encode())
 
 
-def broadcast_plan(group: DataParallelGroup, *, current: BatchPlan, proposed: BatchPlan | None) -> BatchPlan:
+def broadcast_plan(group: RankGroup, *, current: BatchPlan, proposed: BatchPlan | None) -> BatchPlan:
     """The plan that every rank obeys next. Rank 0 gives `proposed`; the others learn it.
 
     Raises:

@@ -12,20 +12,19 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
 from gns_controller.core.batch_arithmetic import BatchRules, LearningRateCoupling
 from gns_controller.core.contract import (
     BatchPlan,
     Decision,
+    Direction,
     Estimator,
     Geometry,
     GroupReading,
@@ -42,15 +41,21 @@ from gns_controller.core.policies import (
 from gns_controller.core.runs import RunSpecification
 from trainer_hooks.batching import SampleStream
 from trainer_hooks.batching.schedule import LearningRateSchedule
-from trainer_hooks.capture import DEFAULT_EXCLUDE, GradientCapture, MeasuredGroup, find_groups, read_groups
-from trainer_hooks.checks import check_measurable, check_names, check_state, reachable_plan
+from trainer_hooks.budget import MeasurementCost
+from trainer_hooks.capture import DEFAULT_EXCLUDE, Layout, Measured, MeasuredGroup, find_groups, find_layout
+from trainer_hooks.checks import check_measurable, check_measuring, check_names, check_state, reachable_plan
 from trainer_hooks.client import Controller, Verdict, connect
-from trainer_hooks.collectives import DataParallelGroup, broadcast_plan
-from trainer_hooks.steps import Step
+from trainer_hooks.collectives import broadcast_plan
+from trainer_hooks.estimators.spectral import SpectralNorms
+from trainer_hooks.measuring import Measuring
+from trainer_hooks.steps import GradientScaler, Step
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SPOOL_DIRECTORY = ".gns/spool"
+
+DEFAULT_BUDGET = 0.01
+"""Of the run's time."""
 
 
 class AdaptiveBatch:
@@ -61,23 +66,25 @@ class AdaptiveBatch:
         *,
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
-        groups: Sequence[MeasuredGroup],
-        data_parallel: DataParallelGroup,
+        layout: Layout,
+        measuring: Measuring,
         run_id: str,
         specification: RunSpecification,
         controller: Controller | None,
         state: PolicyState,
-        estimators: Sequence[Estimator],
-        min_sample_groups: int,
         learning_rate_schedule: LearningRateSchedule,
         max_grad_norm: float | None,
+        grad_scaler: GradientScaler | None,
         decision_deadline_seconds: float,
         on_decision: Callable[[Decision, str], None] | None,
     ) -> None:
         self.model = model
         self.optimizers = tuple(optimizers)
-        self.groups = tuple(groups)
-        self.data_parallel = data_parallel
+        self.layout = layout
+        self.data_parallel = layout.data_parallel
+        """My place among the ranks that see different samples."""
+        self.ranks = layout.ranks
+        """Everybody who holds a part or a copy of the model."""
         self.run_id = run_id
         self.specification = specification
         self.plan: BatchPlan = state.plan
@@ -87,22 +94,21 @@ class AdaptiveBatch:
         self.last_readings: list[GroupReading] = []
         """Of the latest measured step, the same on every rank."""
         self._controller = controller
-        self._estimators = tuple(estimators)
-        self._min_groups_per_rank = -(-min_sample_groups // data_parallel.size)
+        self._measuring = measuring
         self._schedule = learning_rate_schedule
         self.max_grad_norm = max_grad_norm
+        self.grad_scaler = grad_scaler
         self._deadline_seconds = decision_deadline_seconds
         self._on_decision = on_decision
         self._base_learning_rates = [
             [float(group.setdefault("initial_lr", group["lr"])) for group in optimizer.param_groups]
             for optimizer in self.optimizers
         ]
-        self._capture: GradientCapture | None = None
-        self._next_measurement = 0
         self._due_exchanges: list[int] = []
-        self._loss_sum = torch.zeros(2, dtype=torch.float64, device=data_parallel.device)
+        self._loss_sum = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         self._step_seconds: list[float] = []
         self._step_ended_at: float | None = None
+        self._reported_at = time.perf_counter()
         self._reported_step = 0
         self._validation_loss: float | None = None
         self._arm()
@@ -122,7 +128,12 @@ class AdaptiveBatch:
         controller: str | None = None,
         policy: AnyPolicyConfig | None = None,
         measurement_interval: Span | None = None,
+        measurement_budget: float | None = None,
+        num_sign_patterns: int | None = None,
         estimators: Sequence[Estimator] | None = None,
+        directions: Sequence[Direction] | None = None,
+        spectral_norms: SpectralNorms = "polar_express",
+        progress_curve: bool = False,
         geometries: Mapping[str, Geometry] | None = None,
         exclude: str = DEFAULT_EXCLUDE,
         min_sample_groups: int = 2,
@@ -130,6 +141,8 @@ class AdaptiveBatch:
         learning_rate_coupling: LearningRateCoupling = "sqrt",
         learning_rate_schedule: LearningRateSchedule | None = None,
         max_grad_norm: float | None = None,
+        grad_scaler: GradientScaler | None = None,
+        self_test: bool = True,
         mode: Literal["active", "shadow"] = "active",
         tokens_per_sample: int | None = None,
         description: str = "",
@@ -144,7 +157,8 @@ class AdaptiveBatch:
         """Attach to a model and its optimizers. Call it on every rank, with the same arguments.
 
         Args:
-            model: plain, or wrapped in DistributedDataParallel.
+            model: plain, wrapped in DistributedDataParallel, or with fully_shard applied (1-D or 2-D mesh, with a
+                tensor-parallel axis or without).
             optimizer: one, or several (Muon for the matrices, AdamW for the rest). Their lr is the base learning rate
                 at `global_batch_size`.
             run: name of the run: letters, digits, dots, underscores, hyphens.
@@ -153,8 +167,16 @@ class AdaptiveBatch:
             budget_samples: samples after which training ends.
             controller: URL, or None to decide in this process.
             policy: default: grow by the split noise scale, after a warmup of 15 % of the budget.
-            measurement_interval: distance between measured steps. Default 100 steps' worth of samples at the start.
+            measurement_interval: distance between measured steps. Default: as the budget allows.
+            measurement_budget: largest share of the run's time that measuring may take; the interval, the number of
+                sign patterns and, if need be, the measured layers follow from measured costs. Default 0.01, or no
+                budget if an interval is given. With both, the interval is the shortest distance.
+            num_sign_patterns: pairs of halves per measurement, each with a buffer of the gradient's size. Default: 1,
+                or what the budget finds best.
             estimators: what to measure; default: what the policy follows.
+            directions: "gradient", "update" (momentum included), or both; default: what the policy follows.
+            spectral_norms: "polar_express" (matrix products, error below 1e-3) or "exact" (SVD, slow).
+            progress_curve: also measure progress at quarters, eighths, ... of the batch, as far as sign patterns go.
             geometries: optimizer class name -> geometry, for optimizers we do not know.
             exclude: regular expression; parameters whose name it finds are not measured beside a spectral group.
                 Default: embeddings and heads.
@@ -163,6 +185,8 @@ class AdaptiveBatch:
             learning_rate_coupling: "sqrt", "linear" or "none".
             learning_rate_schedule: samples seen -> factor; see `warmup_cosine`. Default constant.
             max_grad_norm: clip here, after measuring.
+            grad_scaler: torch.amp.GradScaler; gradients are unscaled before they are measured and clipped.
+            self_test: send known gradients through the real backward path first.
             mode: "active", or "shadow" to report and record and change nothing.
             tokens_per_sample: for axes in tokens.
             description: free text on the page.
@@ -171,13 +195,14 @@ class AdaptiveBatch:
             decision_deadline_seconds: longest wait for the controller, once per measured step; not during an outage.
             spool_directory: where measurements wait during an outage.
             state: what `state_dict` returned, to resume.
-            process_group: data-parallel group. Default: the DDP wrapper's, else the default group.
+            process_group: data-parallel group of a DDP model. Default: the wrapper's.
             on_decision: called on rank 0 with each decision and who made it ("controller" or "local").
 
         Raises:
             BatchShapeError: these ranks cannot make this batch; the message names the nearest that they can.
             GeometryError: an optimizer of unknown geometry, or a policy that follows a geometry no group has.
             TooFewGroupsError: one rank, one sample: nothing to compare.
+            SelfTestError: gradients are not averaged over ranks as measuring relies on; parameters are named.
             RunConflictError: the controller knows this run with another specification.
             InvalidInputError: anything else that cannot be.
         """
@@ -185,20 +210,8 @@ class AdaptiveBatch:
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         if state is not None:
             check_state(state, optimizers)
-        if process_group is None and isinstance(model, DistributedDataParallel):
-            process_group = model.process_group
-        device = next(model.parameters()).device
-        data_parallel = DataParallelGroup.find(device, process_group)
-        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            raise InvalidInputError(
-                "the model's parameters are sharded (FSDP2 or tensor parallel), which is not supported yet; "
-                "DistributedDataParallel and single processes are."
-            )
-        if data_parallel.size > 1 and not isinstance(model, DistributedDataParallel):
-            raise InvalidInputError(
-                f"{data_parallel.size} ranks, but the model is not wrapped in DistributedDataParallel: "
-                "wrap it first, so that gradients are averaged."
-            )
+        layout = find_layout(model, process_group)
+        data_parallel = layout.data_parallel
         groups = find_groups(model, optimizers, geometries=geometries, exclude=exclude)
         rules = BatchRules(
             global_batch_size=global_batch_size,
@@ -209,6 +222,28 @@ class AdaptiveBatch:
         )
         policy = policy or NoiseScalePolicyConfig(warmup=Span(samples=max(int(0.15 * budget_samples), 1)))
         check_measurable(groups, policy, global_batch_size=global_batch_size, data_parallel_size=data_parallel.size)
+        if measurement_interval is None and measurement_budget is None:
+            measurement_budget = DEFAULT_BUDGET
+        check_measuring(budget=measurement_budget, num_sign_patterns=num_sign_patterns)
+        measuring = Measuring(
+            groups=groups,
+            optimizers=optimizers,
+            layout=layout,
+            measured=Measured(
+                estimators=tuple(dict.fromkeys(estimators or [policy.estimator])),
+                directions=tuple(dict.fromkeys(directions or [policy.direction])),
+                spectral_norms=spectral_norms,
+                progress_curve=progress_curve,
+            ),
+            interval=measurement_interval,
+            budget=measurement_budget,
+            num_sign_patterns=num_sign_patterns,
+            min_sample_groups=min_sample_groups,
+            micro_batch_size=micro_batch_size,
+        )
+        measuring.check(global_batch_size)
+        if self_test:
+            measuring.self_test(model)
         if state:
             policy_state = PolicyState.model_validate(state["policy_state"])
             plan = reachable_plan(policy_state.plan, rules, data_parallel_size=data_parallel.size)
@@ -222,7 +257,8 @@ class AdaptiveBatch:
             tokens_per_sample=tokens_per_sample,
             optimizer=" + ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)),
             parameter_groups=tuple(group.description() for group in groups),
-            measurement_interval=measurement_interval or Span(samples=100 * global_batch_size),
+            measurement_interval=measurement_interval,
+            measurement_budget=measurement_budget,
             policy=policy,
             mode=mode,
             description=description,
@@ -237,41 +273,39 @@ class AdaptiveBatch:
             token=token or os.environ.get("GNS_TOKEN"),
             spool_directory=Path(spool_directory),
             resume_step=int(state["optimizer_step"]) if state else 0,
-            data_parallel=data_parallel,
+            ranks=layout.ranks,
             decision_deadline_seconds=decision_deadline_seconds,
         )
         session = cls(
             model=model,
             optimizers=optimizers,
-            groups=groups,
-            data_parallel=data_parallel,
+            layout=layout,
+            measuring=measuring,
             run_id=run,
             specification=specification,
             controller=client,
             state=policy_state,
-            estimators=estimators or [specification.policy.estimator],
-            min_sample_groups=min_sample_groups,
             learning_rate_schedule=learning_rate_schedule or (lambda samples_seen: 1.0),
             max_grad_norm=max_grad_norm,
+            grad_scaler=grad_scaler,
             decision_deadline_seconds=decision_deadline_seconds,
             on_decision=on_decision,
         )
         if state:
             session._load(state)
-        if data_parallel.rank == 0:
+        if layout.ranks.rank == 0:
             logger.info("attached: %s", session.describe())
         return session
 
     def describe(self) -> str:
         """One line on what was found: layout, groups, plan."""
-        layout = "DDP" if self.data_parallel.size > 1 else "single process"
         groups = ", ".join(
             f"{group.name} ({group.optimizer} -> {group.geometry}, {len(group.parameters)} tensors)"
             for group in self.groups
         )
         return (
-            f"run={self.run_id} layout={layout} data_parallel_size={self.data_parallel.size} groups=[{groups}] "
-            f"estimators={','.join(self._estimators)} policy={self.specification.policy.policy} "
+            f"run={self.run_id} layout={self.layout.name} data_parallel_size={self.data_parallel.size} "
+            f"groups=[{groups}] {self._measuring.describe()} policy={self.specification.policy.policy} "
             f"global_batch_size={self.plan.global_batch_size} mode={self.specification.mode}"
         )
 
@@ -305,9 +339,14 @@ class AdaptiveBatch:
     # ---------------------------------------------------------------- parts
 
     @property
+    def groups(self) -> tuple[MeasuredGroup, ...]:
+        """What is measured together, spectral groups first."""
+        return self._measuring.groups
+
+    @property
     def is_measured(self) -> bool:
         """Whether the step that runs now is a measured one."""
-        return self._capture is not None
+        return self._measuring.is_armed
 
     @property
     def learning_rate_factor(self) -> float:
@@ -317,22 +356,31 @@ class AdaptiveBatch:
     @property
     def min_micro_batches(self) -> int:
         """Micro-batches per rank that the present step needs: more than one only on measured steps."""
-        return self._min_groups_per_rank if self.is_measured else 1
+        return self._measuring.min_micro_batches if self.is_measured else 1
 
-    def measured(self, *, num_samples: int, loss_factor: float) -> AbstractContextManager[None]:
+    @property
+    def measurement_share(self) -> float | None:
+        """Share of the time so far that measuring took, over ranks; None without a budget."""
+        return self._measuring.share_of_time
+
+    def measured(
+        self, *, num_samples: int, loss_factor: float, gradient_scale: float = 1.0
+    ) -> AbstractContextManager[None]:
         """Around one backward pass of a loop that keeps its own sampler.
 
         Args:
             num_samples: n_j, samples of this rank in this backward pass.
             loss_factor: what the mean loss over those samples was multiplied with before backward. The averaged
                 gradient must be a mean over samples: R n_j / B, which is 1 / accumulation steps for equal pieces.
+            gradient_scale: what a gradient scaler multiplied the loss with besides; unscale before `measure`.
         """
-        if self._capture is None:
-            return nullcontext()
-        return self._capture.micro_batch(num_samples=num_samples, loss_factor=loss_factor)
+        return self._measuring.micro_batch(
+            num_samples=num_samples, loss_factor=loss_factor, gradient_scale=gradient_scale
+        )
 
     def observe_loss(self, loss: Tensor, *, num_samples: int) -> None:
         """Add to the mean loss of the next report. No host synchronisation."""
+        self._measuring.observe_loss(loss)
         weight = float(num_samples)
         self._loss_sum += torch.stack(
             [loss.detach().double() * weight, torch.tensor(weight, dtype=torch.float64, device=loss.device)]
@@ -340,18 +388,7 @@ class AdaptiveBatch:
 
     def measure(self) -> list[GroupReading]:
         """End of the last backward pass, before clipping: the readings of a measured step, else nothing. Every rank."""
-        self.last_readings = []
-        if self._capture is not None:
-            counts, self.last_readings = read_groups(self._capture, self.groups, self.data_parallel)
-            if not self.last_readings and self.data_parallel.rank == 0:
-                logger.warning(
-                    "measured step without a reading: sample_groups=%d samples_a=%d samples_b=%d misweighted=%d. "
-                    "Two micro-batches or two ranks are needed, and a loss factor of ranks * n_j / batch.",
-                    counts.num_groups,
-                    counts.num_samples_a,
-                    counts.num_samples_b,
-                    counts.num_misweighted,
-                )
+        self.last_readings = self._measuring.read()
         return self.last_readings
 
     def set_learning_rates(self) -> None:
@@ -377,17 +414,21 @@ class AdaptiveBatch:
             num_samples: samples of this step over all ranks.
         """
         schedule_factor = self._schedule(self.samples_seen)
-        was_measured = self._capture is not None
-        self._capture = None
+        was_measured = self.is_measured
         self.optimizer_step += 1
         self.samples_seen += num_samples
-        self._time_step(was_measured)
+        seconds = self._time_step(was_measured)
         if was_measured:
             if num_samples != self.plan.global_batch_size:
                 self.last_readings = []  # another batch than the plan's: its readings would be taken for the plan's
-            self._report(self.last_readings, schedule_factor=schedule_factor)
+            cost = self._report(self.last_readings, schedule_factor=schedule_factor, measured_seconds=seconds)
             self._due_exchanges.append(self.optimizer_step + self.specification.batch.decision_delay_steps)
-            self._schedule_next_measurement()
+            self._measuring.settle(
+                cost,
+                optimizer_step=self.optimizer_step,
+                samples_seen=self.samples_seen,
+                batch_size=self.plan.global_batch_size,
+            )
         while self._due_exchanges and self._due_exchanges[0] <= self.optimizer_step:
             self._exchange(self._due_exchanges.pop(0))
         self._arm()
@@ -417,7 +458,7 @@ class AdaptiveBatch:
                 "policy_state": self._controller.state.model_dump(mode="json"),
                 "pending": {step: decision.model_dump(mode="json") for step, decision in pending},
             }
-        shared = self.data_parallel.broadcast_message(message)
+        shared = self.ranks.broadcast_message(message)
         return {
             "version": 1,
             "data_parallel_size": self.specification.data_parallel_size,
@@ -427,7 +468,7 @@ class AdaptiveBatch:
             "policy_state": shared["policy_state"],
             "pending": shared["pending"],
             "base_learning_rates": self._base_learning_rates,
-            "next_measurement": self._next_measurement,
+            "measuring": self._measuring.state_dict(),
             "due_exchanges": list(self._due_exchanges),
         }
 
@@ -442,49 +483,45 @@ class AdaptiveBatch:
             data_parallel_size=self.data_parallel.size,
         )
         self._base_learning_rates = [list(rates) for rates in state["base_learning_rates"]]
-        self._next_measurement = int(state["next_measurement"])
+        self._measuring.load_state_dict(state["measuring"])
         self._due_exchanges = [int(step) for step in state["due_exchanges"]]
-        self._capture = None
         self._arm()
 
     def _arm(self) -> None:
-        """Decide whether the step that begins now is measured. Depends on counters only, so all ranks agree."""
-        interval = self.specification.measurement_interval
-        position = self.optimizer_step if interval.steps is not None else self.samples_seen
-        if position >= self._next_measurement:
-            self._capture = GradientCapture(
-                self.groups,
-                self._estimators,
-                data_parallel_size=self.data_parallel.size,
-                data_parallel_rank=self.data_parallel.rank,
-            )
+        self._measuring.arm(optimizer_step=self.optimizer_step, samples_seen=self.samples_seen, plan=self.plan)
 
-    def _schedule_next_measurement(self) -> None:
-        interval = self.specification.measurement_interval
-        length = interval.steps or interval.samples or 1
-        position = self.optimizer_step if interval.steps is not None else self.samples_seen
-        if interval.steps is not None:
-            # Recorded step numbers are multiples: a step that begins after p steps completes as number p + 1.
-            self._next_measurement = -(-(position + 1) // length) * length - 1
-        else:
-            self._next_measurement = (position // length + 1) * length
-
-    def _time_step(self, was_measured: bool) -> None:
-        now = time.perf_counter()
-        if self._step_ended_at is not None and not was_measured:
-            self._step_seconds.append(now - self._step_ended_at)
+    def _time_step(self, was_measured: bool) -> float | None:
+        """Seconds of the step that ends now."""
+        now, before = time.perf_counter(), self._step_ended_at
         self._step_ended_at = now
+        if before is not None and not was_measured:
+            self._step_seconds.append(now - before)
+        return now - before if before is not None else None
 
-    def _report(self, readings: Sequence[GroupReading], *, schedule_factor: float) -> None:
-        """Reduce the loss (every rank), then hand the measurement to rank 0's client."""
-        loss_sum, num_samples = self.data_parallel.sum_(self._loss_sum.clone()).tolist()
-        self._loss_sum.zero_()
+    def _report(
+        self, readings: Sequence[GroupReading], *, schedule_factor: float, measured_seconds: float | None = None
+    ) -> MeasurementCost | None:
+        """Reduce losses and costs (every rank), then hand the measurement to rank 0's client."""
         step_seconds = statistics.median(self._step_seconds) if self._step_seconds else None
+        is_timed = measured_seconds is not None and step_seconds is not None
+        elapsed, self._reported_at = time.perf_counter() - self._reported_at, time.perf_counter()
+        times = [
+            (measured_seconds or 0.0) - (step_seconds or 0.0),
+            self._measuring.norm_seconds,
+            step_seconds or 0.0,
+            elapsed,
+            float(is_timed),
+        ]
+        sums = torch.cat([self._loss_sum, self._loss_sum.new_tensor(times)])
+        loss_sum, num_samples, *averages = self.ranks.sum_(sums).tolist()
+        extra, norms, typical, elapsed, timed = (value / self.ranks.size for value in averages)
+        cost = MeasurementCost(extra, norms, typical, elapsed) if timed == 1 else None
+        self._loss_sum.zero_()
         self._step_seconds.clear()
         self._reported_step = self.optimizer_step
         validation_loss, self._validation_loss = self._validation_loss, None
         if self._controller is None:
-            return
+            return cost
         plan = self.plan
         try:
             self._controller.report(
@@ -501,6 +538,7 @@ class AdaptiveBatch:
                     schedule_factor=schedule_factor,
                     step_seconds=step_seconds,
                     samples_per_second=plan.global_batch_size / step_seconds if step_seconds else None,
+                    measurement_seconds=cost.extra_seconds if cost else None,
                     loss=loss_sum / num_samples if num_samples else None,
                     validation_loss=validation_loss,
                     readings=tuple(readings),
@@ -509,6 +547,7 @@ class AdaptiveBatch:
         except Exception:
             # Only rank 0 is here: raising would leave the others waiting.
             logger.exception("measurement lost, training goes on: run_id=%s step=%d", self.run_id, self.optimizer_step)
+        return cost
 
     def _exchange(self, effective_step: int) -> None:
         """All ranks take rank 0's plan. Rank 0 waits for the controller no longer than the deadline."""
@@ -526,8 +565,8 @@ class AdaptiveBatch:
                 logger.exception("no decision, keeping plan: run_id=%s optimizer_step=%d", self.run_id, effective_step)
             if proposed is None or self.specification.mode == "shadow":
                 proposed = self.plan
-        plan = broadcast_plan(self.data_parallel, current=self.plan, proposed=proposed)
-        if plan.global_batch_size != self.plan.global_batch_size and self.data_parallel.rank == 0:
+        plan = broadcast_plan(self.ranks, current=self.plan, proposed=proposed)
+        if plan.global_batch_size != self.plan.global_batch_size and self.ranks.rank == 0:
             logger.info(
                 "batch changes: run_id=%s optimizer_step=%d global_batch_size=%d->%d learning_rate_factor=%.4g",
                 self.run_id,

@@ -14,7 +14,18 @@ from gns_controller.core.contract import GroupReading
 from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.runs import RunSpecification
 from trainer_hooks.batching import SampleStream, cut_micro_batches
-from trainer_hooks.collectives import DataParallelGroup
+from trainer_hooks.capture import DataParallel, Layout
+from trainer_hooks.clipping import clip_grad_norm
+
+
+class GradientScaler(Protocol):
+    """What a step needs of torch.amp.GradScaler."""
+
+    def scale(self, outputs: Tensor) -> Tensor: ...  # noqa: D102
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None: ...  # noqa: D102
+    def step(self, optimizer: torch.optim.Optimizer) -> Any: ...  # noqa: D102
+    def update(self) -> None: ...  # noqa: D102
+    def get_scale(self) -> float: ...  # noqa: D102
 
 
 class StepSession(Protocol):
@@ -22,14 +33,21 @@ class StepSession(Protocol):
 
     model: nn.Module
     optimizers: tuple[torch.optim.Optimizer, ...]
-    data_parallel: DataParallelGroup
+    layout: Layout
+    data_parallel: DataParallel
     specification: RunSpecification
     samples_seen: int
     max_grad_norm: float | None
+    grad_scaler: GradientScaler | None
+
+    @property
+    def is_measured(self) -> bool: ...  # noqa: D102
 
     @property
     def min_micro_batches(self) -> int: ...  # noqa: D102
-    def measured(self, *, num_samples: int, loss_factor: float) -> AbstractContextManager[None]: ...  # noqa: D102
+    def measured(  # noqa: D102
+        self, *, num_samples: int, loss_factor: float, gradient_scale: float
+    ) -> AbstractContextManager[None]: ...
     def observe_loss(self, loss: Tensor, *, num_samples: int) -> None: ...  # noqa: D102
     def measure(self) -> Sequence[GroupReading]: ...  # noqa: D102
     def set_learning_rates(self) -> None: ...  # noqa: D102
@@ -72,6 +90,8 @@ class Step:
             position += size
             self._num_samples = size
             is_last = index == len(sizes) - 1
+            for module in session.layout.sharded_modules:
+                module.set_requires_gradient_sync(is_last, recurse=False)
             with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext():
                 yield self._collate_fn(self._fetch(indices))
 
@@ -79,8 +99,11 @@ class Step:
         """Backward of the micro-batch's MEAN loss, scaled so that gradients average over samples."""
         session = self._session
         factor = session.data_parallel.size * self._num_samples / self.global_batch_size
-        with session.measured(num_samples=self._num_samples, loss_factor=factor):
-            torch.autograd.backward(loss * factor)
+        scaler = session.grad_scaler
+        scaled = loss * factor if scaler is None else scaler.scale(loss * factor)
+        scale = scaler.get_scale() if scaler is not None and session.is_measured else 1.0
+        with session.measured(num_samples=self._num_samples, loss_factor=factor, gradient_scale=scale):
+            torch.autograd.backward(scaled)
         session.observe_loss(loss, num_samples=self._num_samples)
         self._num_seen += self._num_samples
 
@@ -94,13 +117,22 @@ class Step:
                 "call step.backward once for each, and leave none out."
             )
         session.set_learning_rates()
+        scaler = session.grad_scaler
+        if scaler is not None:
+            for optimizer in session.optimizers:
+                scaler.unscale_(optimizer)
         session.measure()
         if session.max_grad_norm is not None:
             trained = [p for optimizer in session.optimizers for g in optimizer.param_groups for p in g["params"]]
-            nn.utils.clip_grad_norm_(trained, session.max_grad_norm)
+            clip_grad_norm(trained, session.max_grad_norm, session.layout)
         for optimizer in session.optimizers:
-            optimizer.step()
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
+        if scaler is not None:
+            scaler.update()
         session.advance(num_samples=self.global_batch_size)
         self.applied = True
 

@@ -6,15 +6,21 @@ A measurement says what happened, so NaN and infinity are legal in it: the strin
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gns_controller.core.few_groups import c4
 
 Geometry = Literal["euclidean", "sign", "spectral"]
 """The norm an optimizer descends in: l2 (SGD), l-infinity (Signum, AdamW), Schatten-infinity (Muon, Shampoo)."""
 
 Estimator = Literal["rank_variance", "split"]
 """How noise and signal were obtained: spread over sample groups (published), or two halves (ours)."""
+
+Direction = Literal["gradient", "update"]
+"""What is measured: the gradient, or what the optimizer steps along, momentum included: beta m + (1 - beta) g."""
 
 Reason = Literal[
     "warmup",
@@ -41,6 +47,9 @@ RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 SATURATED_RESOLUTION = 0.7
 """A rank_variance reading above this share of its ceiling says "at least", not "equal to"."""
 
+RESOLVED_STANDARD_ERRORS = 2.0
+"""A split signal counts as seen once it exceeds this many of its standard errors."""
+
 _LARGEST_AVERAGED = 1e150
 """Squares of such readings, and differences of them, still fit a float64."""
 
@@ -48,6 +57,14 @@ Count = Annotated[int, Field(ge=0, le=2**62)]
 PositiveCount = Annotated[int, Field(ge=1, le=2**62)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Label = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+def finite_ratio(numerator: float, denominator: float) -> float | None:
+    """Their ratio; None where the denominator is not positive or the ratio not finite."""
+    if not denominator > 0:
+        return None
+    ratio = numerator / denominator
+    return ratio if math.isfinite(ratio) else None
 
 
 class FrozenModel(BaseModel):
@@ -83,6 +100,14 @@ class ParameterGroup(FrozenModel):
     num_parameters: PositiveCount
 
 
+class ProgressPoint(FrozenModel):
+    """First-order progress that a batch of this size would make."""
+
+    samples: Annotated[float, Field(gt=0)]
+    progress: float
+    """<p(g_S), g_rest>, unbiased: no sample is on both sides. Signed."""
+
+
 class GroupReading(FrozenModel):
     """Noise and signal of one parameter group, measured once, as dual norms: raw, not squared.
 
@@ -92,15 +117,25 @@ class GroupReading(FrozenModel):
     group: Label
     geometry: Geometry
     estimator: Estimator
+    direction: Direction = "gradient"
     noise: float
     """Dual norm of the per-sample spread: noise_sq = noise^2."""
     signal: float
     """rank_variance: ||gbar||_*. split: (||g_A||_* + ||g_B||_*) / 2."""
     progress: float | None = None
     """split only: (<p(g_A), g_B> + <p(g_B), g_A>) / 2, unbiased first-order progress at the half batch. Signed."""
+    num_sign_patterns: Annotated[int, Field(ge=1)] | None = None
+    """split only: pairs of halves that noise, signal and progress were averaged over."""
+    noise_standard_error: float | None = None
+    """split with two sign patterns or more: spread of the noise over the patterns / sqrt(patterns)."""
+    progress_standard_error: float | None = None
+    """split with two sign patterns or more: spread of the progress over the patterns * sqrt(1 + 1 / patterns), because
+    all patterns share the noise of the mean gradient."""
+    progress_curve: Annotated[tuple[ProgressPoint, ...], Field(max_length=16)] = ()
+    """Progress at several sub-batch sizes, from the same sample groups."""
     ceiling_samples: float | None = None
     """rank_variance only: what pure noise of these shapes reads at this batch. split readings get their ceiling from
-    the spread of many measurements (smoothing.py)."""
+    their standard error: `ceiling`, and after many measurements smoothing.py."""
     num_groups: Annotated[int, Field(ge=2)]
     """Sample groups whose mean gradients were seen apart."""
     samples_per_group: Annotated[float, Field(gt=0)]
@@ -108,9 +143,13 @@ class GroupReading(FrozenModel):
     learning_rate: float
 
     @model_validator(mode="after")
-    def _progress_belongs_to_split(self) -> Self:
+    def _what_belongs_to_split(self) -> Self:
         if (self.progress is not None) != (self.estimator == "split"):
             raise ValueError("progress is given by the split estimator, and only by it.")
+        if self.progress is None and not (
+            self.num_sign_patterns is self.noise_standard_error is self.progress_standard_error is None
+        ):
+            raise ValueError("sign patterns and their standard errors are given by the split estimator only.")
         return self
 
     @property
@@ -119,9 +158,77 @@ class GroupReading(FrozenModel):
         return self.noise * self.noise
 
     @property
+    def few_groups_factor(self) -> float:
+        """E[noise]^2 / noise^2 for normal groups: c4(K-1)^2 for rank_variance in the sign geometry, else 1."""
+        if self.estimator == "rank_variance" and self.geometry == "sign":
+            return c4(self.num_groups - 1) ** 2
+        return 1.0
+
+    @property
+    def corrected_noise_sq(self) -> float:
+        """noise_sq without its bias from few groups, so that another number of ranks reads the same."""
+        return self.noise_sq / self.few_groups_factor
+
+    def corrected_for_few_groups(self) -> GroupReading:
+        """This reading with corrected_noise_sq for its noise_sq, and its ceiling to match. Not to be applied twice."""
+        factor = self.few_groups_factor
+        if factor == 1:
+            return self
+        ceiling = None if self.ceiling_samples is None else self.ceiling_samples / factor
+        return self.model_copy(update={"noise": self.noise / math.sqrt(factor), "ceiling_samples": ceiling})
+
+    @property
     def signal_sq(self) -> float:
         """rank_variance: signal^2, biased up by noise. split: signal * progress, debiased and signed."""
         return self.signal * (self.signal if self.progress is None else self.progress)
+
+    @property
+    def signal_sq_bracket(self) -> tuple[float, float] | None:
+        """split: max(progress, 0)^2 and signal^2, in the mean below and above ||grad L||_*^2."""
+        if self.progress is None:
+            return None
+        low = max(self.progress, 0.0)
+        return low * low, self.signal * self.signal
+
+    @property
+    def signal_sq_standard_error(self) -> float | None:
+        """split with sign patterns: |signal| * progress_standard_error. The norms hardly spread beside the progress."""
+        if self.progress_standard_error is None:
+            return None
+        return abs(self.signal) * self.progress_standard_error
+
+    @property
+    def noise_scale(self) -> float | None:
+        """noise_sq / signal_sq of this one reading, in samples; None where that is no finite positive number."""
+        return finite_ratio(self.noise_sq, self.signal_sq)
+
+    @property
+    def ceiling(self) -> float | None:
+        """The largest noise scale that this one reading could show, in samples.
+
+        rank_variance: ceiling_samples. split: noise_sq over two standard errors of signal_sq, where there is one.
+        """
+        if self.progress is None:
+            return self.ceiling_samples
+        standard_error = self.signal_sq_standard_error
+        return (
+            None if standard_error is None else finite_ratio(self.noise_sq, RESOLVED_STANDARD_ERRORS * standard_error)
+        )
+
+    @property
+    def resolution(self) -> float | None:
+        """noise_scale over its ceiling. A correction for few groups changes both alike, so it drops out here."""
+        noise_scale, ceiling = self.noise_scale, self.ceiling
+        return None if noise_scale is None or ceiling is None else finite_ratio(noise_scale, ceiling)
+
+    @property
+    def unresolved(self) -> bool:
+        """Whether this one reading cannot be told from pure noise. Policies judge averages of many instead."""
+        if self.progress is None:
+            ceiling = self.ceiling_samples
+            return ceiling is not None and self.noise_sq > SATURATED_RESOLUTION * ceiling * self.signal_sq
+        standard_error = self.signal_sq_standard_error
+        return standard_error is None or not self.signal_sq >= RESOLVED_STANDARD_ERRORS * standard_error
 
     @property
     def is_finite(self) -> bool:
@@ -149,6 +256,8 @@ class NoiseScaleMeasurement(FrozenModel):
     step_seconds: float | None = None
     """Median of the unmeasured steps since the last report."""
     samples_per_second: float | None = None
+    measurement_seconds: float | None = None
+    """What measuring this step cost, beyond an unmeasured step; mean over ranks."""
     loss: float | None = None
     """Mean training loss since the last report."""
     validation_loss: float | None = None
@@ -188,6 +297,11 @@ class Decision(FrozenModel):
     signal_sq: FiniteFloat | None = None
     noise_scale: FiniteFloat | None = None
     """Samples. None while the smoothed signal is not positive."""
+    noise_scale_low: FiniteFloat | None = None
+    """Two standard errors of the averages of noise and signal below noise_scale; None while they are unknown. What the
+    measurements' spread says, nothing about bias."""
+    noise_scale_high: FiniteFloat | None = None
+    """The same above; None also while the signal is within two standard errors of zero: no upper end."""
     ceiling_samples: FiniteFloat | None = None
     """The largest noise scale that this estimator can read now."""
     resolution: FiniteFloat | None = None

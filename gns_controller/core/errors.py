@@ -5,11 +5,12 @@ GnsError
 │   ├── BatchShapeError                 a batch that these ranks cannot make
 │   ├── GeometryError                   a geometry that no parameter group has, or that a tensor cannot have
 │   └── TooFewGroupsError               one gradient has no spread
+├── SelfTestError                       gradients are not what measuring relies on; parameters are named
 ├── PlanDivergedError                   two ranks hold different plans: training must stop
 ├── MissingDependencyError (ImportError)  the message carries the `pip install` line
 ├── RunError                            the service knows the request but not like this
 │   ├── UnknownRunError
-    │   │   └── UnknownAttemptError         the database was restored from before its registration
+│   │   └── UnknownAttemptError         the database was restored from before its registration
 │   ├── RunConflictError                the run exists with another specification
 │   └── StaleAttemptError               a newer incarnation of the run has registered
 └── StoreError
@@ -40,6 +41,10 @@ class GeometryError(InvalidInputError):
 
 class TooFewGroupsError(InvalidInputError):
     """Noise needs at least two groups of samples."""
+
+
+class SelfTestError(GnsError):
+    """Known gradients did not come out as their mean over ranks."""
 
 
 class PlanDivergedError(GnsError):

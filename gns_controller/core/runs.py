@@ -39,8 +39,10 @@ class RunSpecification(FrozenModel):
     """For axes and tables in tokens."""
     optimizer: Label = "unknown"
     parameter_groups: Annotated[tuple[ParameterGroup, ...], Field(max_length=256)] = ()
-    measurement_interval: Span = Span(steps=25)
-    """Distance between two measured steps."""
+    measurement_interval: Span | None = Span(steps=25)
+    """Shortest distance between two measured steps; None: as the budget allows."""
+    measurement_budget: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Largest share of the run's time that measuring may take; None: the interval alone decides."""
     policy: AnyPolicyConfig = HoldPolicyConfig()
     mode: Literal["active", "shadow"] = "active"
     """shadow: decide and record, change nothing."""

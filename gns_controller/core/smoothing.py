@@ -7,31 +7,35 @@ stays negative until the averages have made up their mind.
 from __future__ import annotations
 
 import math
-from typing import Self
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from gns_controller.core.contract import (
+    RESOLVED_STANDARD_ERRORS,
     SATURATED_RESOLUTION,
     Count,
+    Direction,
     Estimator,
     FiniteFloat,
     FrozenModel,
     Geometry,
     GroupReading,
+    finite_ratio,
 )
 
-RESOLVED_STANDARD_ERRORS = 2.0
-"""A split signal counts as seen once its average exceeds this many standard errors."""
-
-MIN_SPLIT_MEASUREMENTS = 5
+MIN_SPREAD_MEASUREMENTS = 5
 """A spread estimated from fewer measurements is not trusted."""
 
 
-class SignedAverage(FrozenModel):
+@dataclass(frozen=True, slots=True)
+class SignedAverage:
     """Exponential average of a signed number, with the standard error of that average.
 
     mean_t = beta mean + (1 - beta) x, started by the first value. With weights w_i of the observations,
     Var(mean) = s^2 sum w_i^2 for independent observations of variance s^2, and the weighted spread around the mean
     estimates s^2 (1 - sum w_i^2). A drifting signal widens the spread, so the error errs on the large side.
+
+    A dataclass: two are made per measurement, and a model would take twice as long.
     """
 
     mean: FiniteFloat
@@ -40,16 +44,14 @@ class SignedAverage(FrozenModel):
     sum_weights_sq: FiniteFloat = 1.0
     count: Count = 1
 
-    def updated(self, value: float, *, beta: float) -> Self:
+    def updated(self, value: float, *, beta: float) -> SignedAverage:
         """The average after one more value."""
         deviation = value - self.mean
-        return self.model_copy(
-            update={
-                "mean": self.mean + (1 - beta) * deviation,
-                "spread": beta * (self.spread + (1 - beta) * deviation * deviation),
-                "sum_weights_sq": beta * beta * self.sum_weights_sq + (1 - beta) * (1 - beta),
-                "count": self.count + 1,
-            }
+        return SignedAverage(
+            mean=self.mean + (1 - beta) * deviation,
+            spread=beta * (self.spread + (1 - beta) * deviation * deviation),
+            sum_weights_sq=beta * beta * self.sum_weights_sq + (1 - beta) * (1 - beta),
+            count=self.count + 1,
         )
 
     @property
@@ -63,76 +65,103 @@ class SignedAverage(FrozenModel):
         return math.sqrt(self.spread * effective / (1 - effective))
 
 
+class Judgement(NamedTuple):
+    """What two averages say, and how far to believe it. All in samples, but for the resolution."""
+
+    noise_scale: float | None
+    """noise_sq / signal_sq; None while the averaged signal is not positive."""
+    low: float | None
+    """(noise_sq - 2 se) / (signal_sq + 2 se), se the standard error of each average; None while that is unknown."""
+    high: float | None
+    """(noise_sq + 2 se) / (signal_sq - 2 se); None also while the signal is within 2 se of zero: no upper end."""
+    ceiling_samples: float | None
+    """The largest noise scale that could be told from pure noise now. rank_variance: what pure noise reads. split:
+    noise_sq over two standard errors of the averaged signal."""
+    resolution: float | None
+    """noise_scale over its ceiling. Above 1 (split) or near 1 (rank_variance) nothing was resolved."""
+    unresolved: bool
+    """Whether the honest answer is "at least about the present batch"."""
+
+
+NOTHING_SEEN = Judgement(None, None, None, None, None, unresolved=True)
+"""Before the first reading."""
+
+
 class SmoothedNoiseScale(FrozenModel):
-    """Noise and signal of one parameter group, averaged apart."""
+    """Noise and signal of one parameter group, or of several taken together, averaged apart."""
 
     group: str
     geometry: Geometry
     estimator: Estimator
+    direction: Direction = "gradient"
+    corrected: bool = False
+    """Whether the readings were corrected for few groups."""
     noise_sq: SignedAverage
     signal_sq: SignedAverage
     pure_noise_samples: FiniteFloat | None = None
     """rank_variance: the latest pure-noise reading, its ceiling."""
 
     @classmethod
-    def started_by(cls, reading: GroupReading) -> Self:
+    def started_by(cls, reading: GroupReading, *, corrected: bool = False) -> SmoothedNoiseScale:
         """The first reading starts both averages, as in the recorded runs of the published method."""
         return cls(
             group=reading.group,
             geometry=reading.geometry,
             estimator=reading.estimator,
+            direction=reading.direction,
+            corrected=corrected,
             noise_sq=SignedAverage(mean=reading.noise_sq),
             signal_sq=SignedAverage(mean=reading.signal_sq),
             pure_noise_samples=_finite(reading.ceiling_samples),
         )
 
-    def updated(self, reading: GroupReading, *, noise_beta: float, signal_beta: float) -> Self:
-        """Both averages after one more reading of the same group by the same estimator."""
-        return self.model_copy(
-            update={
-                "noise_sq": self.noise_sq.updated(reading.noise_sq, beta=noise_beta),
-                "signal_sq": self.signal_sq.updated(reading.signal_sq, beta=signal_beta),
-                "pure_noise_samples": _finite(reading.ceiling_samples),
-            }
+    def continues_with(self, reading: GroupReading, *, corrected: bool = False) -> bool:
+        """Whether the reading is one of those that were averaged so far, and not another quantity."""
+        return (
+            self.group == reading.group
+            and self.geometry == reading.geometry
+            and self.estimator == reading.estimator
+            and self.direction == reading.direction
+            and self.corrected == corrected
         )
 
-    @property
-    def noise_scale(self) -> float | None:
-        """noise_sq / signal_sq in samples; None while the averaged signal is not positive."""
-        if self.signal_sq.mean <= 0:
-            return None
-        return _finite(self.noise_sq.mean / self.signal_sq.mean)
+    def updated(self, reading: GroupReading, *, noise_beta: float, signal_beta: float) -> SmoothedNoiseScale:
+        """Both averages after one more reading of the same quantity."""
+        return SmoothedNoiseScale(
+            group=self.group,
+            geometry=self.geometry,
+            estimator=self.estimator,
+            direction=self.direction,
+            corrected=self.corrected,
+            noise_sq=self.noise_sq.updated(reading.noise_sq, beta=noise_beta),
+            signal_sq=self.signal_sq.updated(reading.signal_sq, beta=signal_beta),
+            pure_noise_samples=_finite(reading.ceiling_samples),
+        )
 
-    @property
-    def ceiling_samples(self) -> float | None:
-        """The largest noise scale that could be told from pure noise now.
+    def judged(self) -> Judgement:
+        """The noise scale, its interval of two standard errors, its ceiling and whether it is resolved.
 
-        rank_variance: what pure noise reads. split: noise_sq over two standard errors of the averaged signal.
+        The interval is what the spread of the measurements says, and nothing about bias: a rank_variance reading at
+        its ceiling has a narrow one.
         """
+        noise, signal = self.noise_sq, self.signal_sq
+        noise_scale = finite_ratio(noise.mean, signal.mean)
+        noise_error = RESOLVED_STANDARD_ERRORS * noise.standard_error
+        signal_error = RESOLVED_STANDARD_ERRORS * signal.standard_error
+        is_trusted = signal.count >= MIN_SPREAD_MEASUREMENTS
+        low = high = None
+        if is_trusted and noise_error + signal_error < math.inf:
+            low = finite_ratio(max(noise.mean - noise_error, 0.0), signal.mean + signal_error)
+            high = finite_ratio(noise.mean + noise_error, signal.mean - signal_error)
         if self.estimator == "rank_variance":
-            return self.pure_noise_samples
-        standard_error = self.signal_sq.standard_error
-        if self.signal_sq.count < MIN_SPLIT_MEASUREMENTS or standard_error == 0:
-            return None
-        return _finite(self.noise_sq.mean / (RESOLVED_STANDARD_ERRORS * standard_error))
-
-    @property
-    def resolution(self) -> float | None:
-        """noise_scale over its ceiling. Above 1 (split) or near 1 (rank_variance) nothing was resolved."""
-        noise_scale, ceiling = self.noise_scale, self.ceiling_samples
-        if noise_scale is None or not ceiling:
-            return None
-        return _finite(noise_scale / ceiling)
-
-    @property
-    def unresolved(self) -> bool:
-        """Whether the honest answer is "at least about the present batch"."""
-        if self.estimator == "rank_variance":
-            resolution = self.resolution
-            return resolution is not None and resolution > SATURATED_RESOLUTION
-        if self.signal_sq.count < MIN_SPLIT_MEASUREMENTS:
-            return True
-        return self.signal_sq.mean < RESOLVED_STANDARD_ERRORS * self.signal_sq.standard_error
+            ceiling = self.pure_noise_samples
+            resolution = None if noise_scale is None or ceiling is None else finite_ratio(noise_scale, ceiling)
+            unresolved = resolution is not None and resolution > SATURATED_RESOLUTION
+        else:
+            ceiling = finite_ratio(noise.mean, signal_error) if is_trusted else None
+            resolution = None if noise_scale is None or ceiling is None else finite_ratio(noise_scale, ceiling)
+            unresolved = not is_trusted or signal.mean < signal_error
+        return Judgement(noise_scale, low, high, ceiling, resolution, unresolved)
 
 
 def _finite(value: float | None) -> float | None:

@@ -162,8 +162,11 @@ class WireRun:
             noise=math.sqrt(noise_sq),
             signal=norm,
             progress=seen / norm,
-            num_groups=2,
-            samples_per_group=batch / 2,
+            num_sign_patterns=4,
+            noise_standard_error=0.015 * math.sqrt(noise_sq),
+            progress_standard_error=1.1 * noise_sq / batch / norm,
+            num_groups=8,
+            samples_per_group=batch / 8,
             learning_rate=0.02 * self.plan.learning_rate_factor,
         )
 

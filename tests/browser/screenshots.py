@@ -35,7 +35,7 @@ def take(database: Path, folder: Path) -> None:
             page.open(controller.url)
             page.until_seen("finished")
             _picture(page, folder / "run-list.png")
-            page.resize(1360, 1560)
+            page.resize(1360, 1720)
             page.open(f"{controller.url}/runs/{next(name for name in names if name.endswith('-split'))}")
             page.until(lambda: page.all("canvas") and page.all(".decisions tbody tr"), "charts and decisions")
             page.find("label:has(input[type=checkbox])").click()

@@ -86,6 +86,47 @@ def test_every_chart_is_drawn_in_the_ink_of_its_quantity(
         page.until(lambda chart=chart, ink=ink: page.ink(chart, ink) > 100, f"{ink} in chart {chart}")
 
 
+def test_the_noise_scale_stands_in_a_band_of_two_standard_errors(
+    page: Page, controller: ControllerProcess, ramped_run: str
+) -> None:
+    _open_run(page, controller, ramped_run)
+    with controller.client() as client:
+        decision = client.get(f"/api/v1/runs/{ramped_run}").json()["last_decision"]
+    assert decision["noise_scale_low"] < decision["noise_scale"] < decision["noise_scale_high"]
+    page.until(lambda: re.search(r"\d to \d", page.seen("[data-chart='noise'] .legend")), "the interval")
+    assert re.search(r"\d to \S+ samples, resolution", page.seen(".tiles"))
+    page.until(lambda: page.run(COUNT_BAND, "noise") > 1000, "a band around the noise scale")
+    assert page.run(COUNT_BAND, "batch") == 0
+
+
+def test_each_group_shows_how_it_was_measured_and_how_well(
+    page: Page, controller: ControllerProcess, trainer: Trainer
+) -> None:
+    run = trainer("groups")
+    run.report(3)
+    _open_run(page, controller, "groups")
+    followed = page.seen(".readings tr[data-group='matrices']")
+    assert "followed" in followed
+    assert "spectral" in followed
+    assert "split, gradient" in followed
+    assert "8 groups of 16, 4 pairs of halves" in followed
+    assert followed.count("±") == 2
+    assert "followed" not in page.seen(".readings tr[data-group='rest']")
+    # noise^2 / (signal * progress) = 36 / 12; 36 / 4^2 and 36 / 3^2 with the full norm and the bare progress.
+    exact = run.reading("matrices", "spectral", 500.0).model_copy(
+        update={"noise": 6.0, "signal": 4.0, "progress": 3.0, "direction": "update", "num_sign_patterns": None}
+    )
+    run.report(readings=(exact,))
+    page.until_seen("split, update", ".readings")
+    only = page.seen(".readings tr[data-group='matrices']")
+    assert "2.25 to 4" in only
+    assert "pairs of halves" not in only
+    assert "followed" not in only
+    run.report(readings=(exact.model_copy(update={"progress": -1.0}),))
+    page.until_seen("no signal", ".readings")
+    page.until_seen("2.25 or more", ".readings")
+
+
 def test_only_changes_leaves_the_decisions_that_moved_the_batch(
     page: Page, controller: ControllerProcess, ramped_run: str
 ) -> None:
@@ -260,6 +301,16 @@ def test_a_rewind_replaces_what_it_trains_again(page: Page, controller: Controll
     )
     assert steps == [1, 2, 3, 4], "attempt 1 up to the checkpoint, then attempt 2; a fenced report changes nothing"
 
+
+COUNT_BAND = """
+const canvas = document.querySelector(`[data-chart="${arguments[0]}"] canvas`);
+const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+let count = 0;
+for (let at = 0; at < data.length; at += 4) {
+  if (data[at + 3] > 20 && data[at + 3] < 80 && data[at + 2] - data[at] > 80) count += 1;
+}
+return count;
+"""
 
 MAKE_HISTORY = """
 const { History } = await import("/static/history.js");

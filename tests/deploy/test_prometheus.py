@@ -29,6 +29,9 @@ PATIENCE_SECONDS = 40.0
 """For everything that must have arrived, counted from the start: one fault must not cost this per panel."""
 LEAST_PATIENCE_SECONDS = 2.0
 RUN_ID = "real-run"
+STEADY_RUN_ID = "steady-run"
+MAY_BE_MISSING = ("gns_noise_scale_high_samples",)
+"""Asked of the steady run: a job as short as ours may end before its noise scale has an upper end."""
 
 
 def _promtool(*arguments: str, cwd: Path = PROMETHEUS) -> None:
@@ -134,6 +137,8 @@ def _feed(controller: ControllerProcess, ended: threading.Event) -> None:
     with controller.client() as client:
         run = WireRun(client, "troubled").register()
         run.report(20)
+        steady = WireRun(client, STEADY_RUN_ID).register()
+        steady.report(8, readings=(steady.reading("matrices", "spectral", 500.0).model_copy(update={"progress": 1.0}),))
         while not ended.wait(0.2):
             broken = run.reading("matrices", "spectral", 500.0).model_copy(update={"noise": float("inf")})
             run.report(readings=(broken,))
@@ -156,7 +161,8 @@ def test_prometheus_scrapes_the_controller_with_the_token(scraped: ScrapedContro
 
 @pytest.mark.parametrize(("title", "expression"), _expressions(), ids=lambda value: re.sub(r"\W+", " ", value)[:60])
 def test_every_panel_of_the_dashboard_has_data(scraped: ScrapedController, title: str, expression: str) -> None:
-    query = expression.replace("$run_id", RUN_ID).replace("$__rate_interval", "10s")
+    run_id = STEADY_RUN_ID if expression.startswith(MAY_BE_MISSING) else RUN_ID
+    query = expression.replace("$run_id", run_id).replace("$__rate_interval", "10s")
     assert "$" not in query
     result = scraped.until(lambda: scraped.get("query", query=query)["result"], f"{title}: {query}")
     assert all(series["value"][1] not in ("NaN", "+Inf", "-Inf") for series in result), result

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -54,6 +55,21 @@ def test_run_series_equal_a_fold_done_by_hand(service: Service) -> None:
     }
     for name, value in expected.items():
         assert service.sample(name, run_id="run") == pytest.approx(value, rel=1e-12), name
+
+
+def test_the_interval_of_the_noise_scale_equals_one_done_by_hand(service: Service) -> None:
+    """noise^2 = 16 four times, then 36: mean 18, spread 0.9 * 2^2 + 0.1 * 18^2 = 36. signal^2 = 1 has no spread."""
+    service.register()
+    for step in range(1, 5):
+        service.report(report(step, noise_scale=16.0))
+    assert service.sample("gns_noise_scale_low_samples", **READING) is None
+    assert service.sample("gns_noise_scale_high_samples", **READING) is None
+    service.report(report(5, noise_scale=36.0))
+    weights = [0.9**4, 0.1 * 0.9**3, 0.1 * 0.9**2, 0.1 * 0.9, 0.1]
+    squares = sum(weight * weight for weight in weights)
+    standard_error = math.sqrt(36 * squares / (1 - squares))
+    assert service.sample("gns_noise_scale_low_samples", **READING) == pytest.approx(max(18 - 2 * standard_error, 0))
+    assert service.sample("gns_noise_scale_high_samples", **READING) == pytest.approx(18 + 2 * standard_error)
 
 
 def test_counters_count_what_was_stored_skipped_and_refused(service: Service) -> None:

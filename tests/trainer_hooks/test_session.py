@@ -259,7 +259,8 @@ def test_a_decomposition_that_fails_is_a_reading_that_is_not_finite(monkeypatch:
 
     monkeypatch.setattr(torch.linalg, "svdvals", fail)
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 1, bias=False))
-    session = attach(model, Muon(model.parameters(), lr=0.01), policy=HoldPolicyConfig(), budget_samples=8)
+    muon = Muon(model.parameters(), lr=0.01)
+    session = attach(model, muon, policy=HoldPolicyConfig(), budget_samples=8, spectral_norms="exact")
     for rows in (step := next(session.steps(Points()))):
         step.backward(loss_of(model, rows))
     [reading] = session.measure()

@@ -1,17 +1,25 @@
-"""Where one rank's gradient is seen: before averaging, before clipping, on measured steps only."""
+"""Where gradients are seen: before averaging or as shards, before clipping, on measured steps only."""
 
-from trainer_hooks.capture.accumulators import SignedAccumulator, SpreadAccumulator
-from trainer_hooks.capture.ddp import GradientCapture
+from trainer_hooks.capture.ddp import DdpCapture
+from trainer_hooks.capture.fsdp2 import Fsdp2Capture, check_spread_seam
 from trainer_hooks.capture.groups import DEFAULT_EXCLUDE, MeasuredGroup, find_groups
-from trainer_hooks.capture.readings import Counts, read_groups
+from trainer_hooks.capture.layout import DataParallel, Layout, find_layout
+from trainer_hooks.capture.readings import GroupReader, Measured
+from trainer_hooks.capture.step import Counts, Dealing, GradientCapture
 
 __all__ = [
     "DEFAULT_EXCLUDE",
     "Counts",
+    "DataParallel",
+    "DdpCapture",
+    "Dealing",
+    "Fsdp2Capture",
     "GradientCapture",
+    "GroupReader",
+    "Layout",
+    "Measured",
     "MeasuredGroup",
-    "SignedAccumulator",
-    "SpreadAccumulator",
+    "check_spread_seam",
     "find_groups",
-    "read_groups",
+    "find_layout",
 ]

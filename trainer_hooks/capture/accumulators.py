@@ -1,7 +1,8 @@
-"""What one rank keeps of its local gradients during a measured step: one buffer for split, two for rank_variance.
+"""What one rank keeps of its local gradients during a measured step.
 
-The incoming gradient h_j of micro-batch j is that of (R n_j / B) times its mean loss, so that the data-parallel mean
-of the accumulated gradient is the sample mean over the whole batch. Statistics: float32, or float64 if gradients are.
+One buffer per sign pattern for split; for rank_variance a mean and a spread. The incoming gradient h_j of micro-batch
+j is that of (R n_j / B) times its mean loss, so that the data-parallel mean of the accumulated gradient is the sample
+mean over the whole batch. Statistics: float32, or float64 if gradients are.
 """
 
 from __future__ import annotations
@@ -22,28 +23,43 @@ class FlatBuffer:
         self.views = [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
 
 
+def is_low_precision(blocks: Sequence[Tensor]) -> bool:
+    """Whether any gradient is bf16 or fp16."""
+    return any(block.dtype not in (torch.float32, torch.float64) for block in blocks)
+
+
 def statistics_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
     """float64 if any gradient is, else float32."""
     return torch.float64 if any(parameter.dtype == torch.float64 for parameter in parameters) else torch.float32
 
 
 class SignedAccumulator:
-    """d = sum_j s_j h_j over this rank's micro-batches; s_j = +1 for half A, -1 for half B.
+    """d_p = sum_j s_pj h_j over this rank's micro-batches, for one or more sign patterns p; s = +1: half A, -1: half B.
 
-    The data-parallel mean of d is (n_A g_A - n_B g_B) / B.
+    The data-parallel mean of d_p is (n_A g_A - n_B g_B) / B. One gradient-sized buffer per pattern, sharded where the
+    gradient is.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], *, keep_sum: bool) -> None:
-        dtype = statistics_dtype(parameters)
-        self.signed = FlatBuffer(parameters, dtype=dtype)
-        self.total = FlatBuffer(parameters, dtype=dtype) if keep_sum else None
+    def __init__(self, blocks: Sequence[Tensor], *, num_patterns: int, keep_sum: bool) -> None:
+        dtype = statistics_dtype(blocks)
+        rows = num_patterns + keep_sum
+        sizes = [block.numel() for block in blocks]
+        self.flat = torch.zeros(rows, sum(sizes), dtype=dtype, device=blocks[0].device if blocks else None)
+        views = [
+            [piece.view(block.shape) for piece, block in zip(torch.split(row, sizes), blocks, strict=True)]
+            for row in self.flat.unbind()
+        ]
+        self.signed = views[:num_patterns]
+        self.total = views[num_patterns] if keep_sum else None
         """sum_j h_j in full precision, where the averaged gradient itself is bf16 or fp16."""
 
-    def add(self, index: int, grad: Tensor, *, sign: int) -> None:
-        """Take in one micro-batch's gradient of one tensor."""
-        self.signed.views[index].add_(grad, alpha=sign)
+    def add(self, index: int, grad: Tensor, *, signs: Sequence[float], scale: float = 1.0) -> None:
+        """Take in one micro-batch's gradient of one tensor: signs[p] * scale * grad into pattern p."""
+        for pattern, sign in zip(self.signed, signs, strict=True):
+            if sign:
+                pattern[index].add_(grad, alpha=sign * scale)
         if self.total is not None:
-            self.total.views[index].add_(grad)
+            self.total[index].add_(grad, alpha=scale)
 
 
 class SpreadAccumulator:

@@ -1,4 +1,4 @@
-"""One rank's gradients under DDP or in a single process, micro-batch by micro-batch.
+"""One rank's gradients where it holds them whole: DDP, one process, tensor parallel alone.
 
 `Tensor.register_hook` on a parameter sees its local gradient once per backward pass: before DDP averages it, inside
 `no_sync` too, uses of a tied weight already summed. Hooks exist only while a measured step runs.
@@ -15,63 +15,61 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gns_controller.core.contract import Estimator
-from trainer_hooks.capture.accumulators import SignedAccumulator, SpreadAccumulator, statistics_dtype
-from trainer_hooks.capture.groups import MeasuredGroup
+from trainer_hooks.capture.accumulators import (
+    FlatBuffer,
+    SignedAccumulator,
+    SpreadAccumulator,
+    is_low_precision,
+    statistics_dtype,
+)
+from trainer_hooks.capture.layout import Layout, local_tensor
+from trainer_hooks.capture.step import CapturedStep, Dealing, Tally
 
 
-class GradientCapture:
+class DdpCapture:
     """The buffers of one measured step, filled by hooks.
 
     Args:
-        groups: what is measured. A parameter belongs to one group.
+        parameters: what is measured, each once.
+        spectral: for each, whether its group's geometry is.
         estimators: which buffers to keep.
-        data_parallel_size: R.
-        data_parallel_rank: r; micro-batch a of rank r belongs to half A if r + a is even, so that halves are balanced
-            over ranks and over time.
+        dealing: which micro-batch belongs to which half.
+        layout: how the model is spread over ranks.
     """
 
     def __init__(
         self,
-        groups: Sequence[MeasuredGroup],
+        parameters: Sequence[Tensor],
+        spectral: Sequence[bool],
         estimators: Sequence[Estimator],
-        *,
-        data_parallel_size: int,
-        data_parallel_rank: int,
+        dealing: Dealing,
+        layout: Layout,
     ) -> None:
-        self.parameters = [parameter for group in groups for parameter in group.parameters]
-        self._size = data_parallel_size
-        self._rank = data_parallel_rank
-        self.low_precision = any(p.dtype not in (torch.float32, torch.float64) for p in self.parameters)
-        self._dtype = statistics_dtype(self.parameters)
-        self.signed: SignedAccumulator | None = None
-        self.spread: SpreadAccumulator | None = None
+        self._parameters = parameters
+        self._layout = layout
+        self._tally = Tally(dealing, layout)
+        blocks = [local_tensor(parameter.detach()) for parameter in parameters]
+        self._low_precision = is_low_precision(blocks)
+        self._dtype = statistics_dtype(blocks)
+        self._signed: SignedAccumulator | None = None
+        self._spread: SpreadAccumulator | None = None
         if "split" in estimators:
-            self.signed = SignedAccumulator(self.parameters, keep_sum=self.low_precision)
+            self._signed = SignedAccumulator(blocks, num_patterns=len(dealing.patterns), keep_sum=self._low_precision)
         if "rank_variance" in estimators:
-            spectral = [group.geometry == "spectral" for group in groups for _ in group.parameters]
-            self.spread = SpreadAccumulator(
-                self.parameters, spectral=spectral, entrywise=[not flag for flag in spectral]
-            )
-        self.num_samples_a = 0.0
-        self.num_samples_b = 0.0
-        self.num_groups = 0
-        self.num_repeated_backwards = 0
-        """Micro-batches in which a tensor got its gradient in two pieces: the spread would count it twice."""
-        self.loss_factors: list[tuple[float, float]] = []
-        """(samples, loss factor) of each micro-batch, to check that the mean gradient is a mean over samples."""
-        self._current: tuple[int, float, float] | None = None
+            self._spread = SpreadAccumulator(blocks, spectral=spectral, entrywise=[not flag for flag in spectral])
         self._fired: set[int] = set()
         self._repeated = False
 
     @contextmanager
-    def micro_batch(self, *, num_samples: float, loss_factor: float) -> Iterator[None]:
-        """Around one backward pass: the gradients of (loss_factor x mean loss over num_samples) are taken in."""
-        sign = 1 if (self._rank + self.num_groups) % 2 == 0 else -1
-        self._current = (sign, num_samples, loss_factor)
+    def micro_batch(self, *, num_samples: float, loss_factor: float, gradient_scale: float = 1.0) -> Iterator[None]:
+        """Around one backward pass: its local gradients are taken in."""
+        tally = self._tally
+        signs = tally.signs
         self._fired.clear()
+        take = partial(self._take, signs=signs, num_samples=num_samples, loss_factor=loss_factor, scale=gradient_scale)
         handles: list[RemovableHandle] = [
-            parameter.register_hook(partial(self._take, index))  # type: ignore[no-untyped-call]  # torch is untyped here
-            for index, parameter in enumerate(self.parameters)
+            parameter.register_hook(partial(take, index))  # type: ignore[no-untyped-call]  # torch is untyped here
+            for index, parameter in enumerate(self._parameters)
             if parameter.requires_grad
         ]
         try:
@@ -79,31 +77,76 @@ class GradientCapture:
         finally:
             for handle in handles:
                 handle.remove()
-            self._current = None
-        if self.spread is not None:
-            for index, parameter in enumerate(self.parameters):
+        if self._spread is not None:
+            for index, parameter in enumerate(self._parameters):
                 if index not in self._fired:
                     zero = torch.zeros((), dtype=self._dtype, device=parameter.device)
-                    self.spread.add(index, zero.expand(parameter.shape), num_samples=num_samples)
-        self.num_groups += 1
-        self.num_repeated_backwards += self._repeated
+                    self._spread.add(index, zero.expand(local_tensor(parameter).shape), num_samples=num_samples)
+        tally.num_wrong += self._repeated
         self._repeated = False
-        self.loss_factors.append((num_samples, loss_factor))
-        if sign > 0:
-            self.num_samples_a += num_samples
-        else:
-            self.num_samples_b += num_samples
+        tally.count(num_samples=num_samples, loss_factor=loss_factor)
 
-    def _take(self, index: int, grad: Tensor) -> None:
-        if self._current is None or grad.is_sparse:
+    def finish(self, losses: Tensor) -> CapturedStep:
+        """Collectives, in this order: counts; the sum where gradients are low precision; signed; spreads; Grams."""
+        size, ranks = self._layout.data_parallel.size, self._layout.ranks
+        seen = self._signed.flat if self._signed is not None else self._spread.mean.flat if self._spread else losses
+        fingerprint = torch.stack([seen.abs().sum(dtype=torch.float64), seen.square().sum(dtype=torch.float64)])
+        counts = self._tally.reduce(seen_apart_in_time_only=False, fingerprint=fingerprint)
+        if self._signed is not None and size > 1:
+            ranks.sum_(self._signed.flat).div_(size)
+        mean = self._mean_grads(counts.num_samples)
+        spread = self._spread
+        if spread is not None:
+            for index, mean_grad in enumerate(mean):
+                spread.recentre(index, mean_grad)
+            if size > 1:
+                ranks.sum_(spread.spread.flat)
+                ranks.sum_(spread.gram.flat)
+        groups = max(counts.num_spread_groups, 2)
+        return CapturedStep(
+            counts=counts,
+            dealing=self._tally.dealing,
+            mean=mean,
+            signed=self._signed.signed if self._signed is not None else (),
+            variance=partial(spread.variance, num_groups=groups) if spread is not None else None,
+            covariance=partial(spread.covariance, num_groups=groups) if spread is not None else None,
+        )
+
+    def _take(
+        self,
+        index: int,
+        grad: Tensor,
+        *,
+        signs: Sequence[int],
+        num_samples: float,
+        loss_factor: float,
+        scale: float,
+    ) -> None:
+        if grad.is_sparse:
             return
-        sign, num_samples, loss_factor = self._current
-        if index in self._fired and self.spread is not None:
+        if index in self._fired and self._spread is not None:
             self._repeated = True
             return
         self._fired.add(index)
-        grad = grad.detach().to(self._dtype)
-        if self.signed is not None:
-            self.signed.add(index, grad, sign=sign)
-        if self.spread is not None:
-            self.spread.add(index, grad / loss_factor, num_samples=num_samples)
+        grad = local_tensor(grad.detach(), like=self._parameters[index]).to(self._dtype)
+        if self._signed is not None:
+            self._signed.add(index, grad, signs=signs, scale=1 / scale)
+        if self._spread is not None:
+            self._spread.add(index, grad / (loss_factor * scale), num_samples=num_samples)
+
+    def _mean_grads(self, num_samples: float) -> Sequence[Tensor]:
+        """gbar in the statistics' dtype: the averaged gradient itself, or a full-precision reduction."""
+        if not self._low_precision:
+            return [
+                torch.zeros_like(local_tensor(p.detach())) if p.grad is None else local_tensor(p.grad.detach(), like=p)
+                for p in self._parameters
+            ]
+        if self._signed is not None and self._signed.total is not None:
+            return self._signed.total
+        assert self._spread is not None
+        mean = FlatBuffer(self._spread.mean.views, dtype=self._dtype)
+        share = self._tally.num_local_samples / num_samples if num_samples else 0.0
+        mean.flat.copy_(self._spread.mean.flat).mul_(share)
+        if self._layout.data_parallel.size > 1:
+            self._layout.ranks.sum_(mean.flat)
+        return mean.views

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -121,3 +121,28 @@ def find_groups(
     if not groups:
         raise GeometryError("no trained parameter is left to measure; check requires_grad and exclude.")
     return sorted(groups, key=lambda group: group.geometry != "spectral")
+
+
+def thinned(groups: Sequence[MeasuredGroup], share: float) -> list[MeasuredGroup]:
+    """About this share of the matrices of spectral groups, evenly over depth within each shape; the rest as it is.
+
+    A thinned group has another name, so that averages of the whole one are not continued with it.
+    """
+    if share >= 1:
+        return list(groups)
+    every = round(1 / share)
+    found = []
+    for group in groups:
+        if group.geometry != "spectral":
+            found.append(group)
+            continue
+        seen: dict[tuple[int, ...], int] = {}
+        kept = []
+        for parameter, shape in zip(group.parameters, group.shapes, strict=True):
+            position = seen.get(shape, 0)
+            seen[shape] = position + 1
+            if position % every == 0:
+                kept.append(parameter)
+        name = f"{group.name} ({len(kept)} of {len(group.parameters)})"
+        found.append(replace(group, name=name, parameters=tuple(kept)))
+    return found

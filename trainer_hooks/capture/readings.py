@@ -1,214 +1,402 @@
-"""From one measured step's buffers to readings: reductions in a fixed order, then norms, one owner per tensor."""
+"""From one captured step to readings: norms, one owner per matrix, one small reduction, and errors.
+
+Q quantities are gathered and combined linearly before any norm is taken: the mean gradient, the signed mean of each
+sign pattern, and the momentum if the optimizer's own direction is measured.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gns_controller.core.contract import Geometry, GroupReading
-from trainer_hooks.capture.accumulators import FlatBuffer
-from trainer_hooks.capture.ddp import GradientCapture
+from gns_controller.core.contract import Direction as DirectionName
+from gns_controller.core.contract import Estimator, Geometry, GroupReading, ProgressPoint
+from trainer_hooks.capture.directions import Direction, direction_of
 from trainer_hooks.capture.groups import MeasuredGroup
-from trainer_hooks.collectives import DataParallelGroup
+from trainer_hooks.capture.layout import Layout
+from trainer_hooks.capture.owners import Owners
+from trainer_hooks.capture.step import CapturedStep, Counts, Dealing
 from trainer_hooks.estimators import euclidean, pure_noise_reading, sign, spectral
-from trainer_hooks.estimators.geometries import SPLIT_SUMS
+from trainer_hooks.estimators.geometries import PROGRESS_SUMS, SPLIT_SUMS
+from trainer_hooks.estimators.spectral import SpectralNorms
 from trainer_hooks.estimators.sums import (
+    NUM_PROGRESS_SUMS,
     NUM_SPLIT_SUMS,
     NUM_SPREAD_SUMS,
+    finished_progress,
+    first_order_noise,
     split_dual_norms,
     spread_dual_norms,
 )
 
 logger = logging.getLogger(__name__)
 
-
-class Counts(NamedTuple):
-    """Of one measured step, over all ranks."""
-
-    num_samples_a: float
-    num_samples_b: float
-    num_groups: int
-    num_misweighted: int
-    """Micro-batches whose loss factor was not R n_j / B, or that had two backward passes."""
-
-    @property
-    def num_samples(self) -> float:
-        """B."""
-        return self.num_samples_a + self.num_samples_b
+MAX_BATCH_ELEMENTS = 2**24
+"""Entries of equal matrices that are orthogonalized together: 64 MiB in float32, times about eight temporaries."""
 
 
-def owners_of(parameters: Sequence[Tensor], geometries: Sequence[Geometry], *, size: int) -> list[int]:
-    """The rank that computes each tensor's norms: heaviest first, always to the least loaded rank."""
-    costs = [
-        float(parameter.numel()) * (min(parameter.shape) if geometry == "spectral" else 1)
-        for parameter, geometry in zip(parameters, geometries, strict=True)
-    ]
-    load, owners = [0.0] * size, [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owners[index] = min(range(size), key=load.__getitem__)
-        load[owners[index]] += costs[index]
-    return owners
+@dataclass(frozen=True)
+class Measured:
+    """What is computed on a measured step, and how."""
+
+    estimators: tuple[Estimator, ...]
+    directions: tuple[DirectionName, ...] = ("gradient",)
+    spectral_norms: SpectralNorms = "polar_express"
+    progress_curve: bool = False
 
 
-@torch.no_grad()
-def read_groups(
-    capture: GradientCapture, groups: Sequence[MeasuredGroup], data_parallel: DataParallelGroup
-) -> tuple[Counts, list[GroupReading]]:
-    """Reduce the buffers and compute every group's reading. Call it on every rank, before clipping.
+class _Cell:
+    """One of 2^m equal shares of the samples, told apart by the signs of 2^m - 1 patterns."""
 
-    Collectives, always the same and in this order: counts; split buffer (and its sum where gradients are low
-    precision); rank_variance mean where gradients are low precision, spreads, Grams; sums of norms. Which of them exist
-    depends on the estimators and dtypes only, which all ranks share.
+    def __init__(self, signs: tuple[int, ...], counts: Counts) -> None:
+        total, num_cells = counts.num_samples, len(signs) + 1
+        sums_of_signs = [2 * counts.num_samples_a[p] - total for p in range(len(signs))]
+        contrast = sum(s * n for s, n in zip(signs, sums_of_signs, strict=True))
+        self.num_samples = (total + contrast) / num_cells
+        self._signs = signs
+        self._total = total
+        self._scale = total / (num_cells * self.num_samples) if self.num_samples else math.nan
 
-    Returns:
-        Counts over all ranks, and readings; none where fewer than two groups, an empty half or misweighted losses
-        leave nothing to compare. Equal on every rank.
-    """
-    size = data_parallel.size
-    counts = _reduce_counts(capture, data_parallel)
-    measurable = counts.num_groups >= 2 and min(counts.num_samples_a, counts.num_samples_b) > 0
-    mean_grads = _mean_grads(capture, counts, data_parallel)
-    if capture.signed is not None:
-        data_parallel.sum_(capture.signed.signed.flat).div_(size)
-    if capture.spread is not None:
-        for index, mean_grad in enumerate(mean_grads):
-            capture.spread.recentre(index, mean_grad)
-        data_parallel.sum_(capture.spread.spread.flat)
-        data_parallel.sum_(capture.spread.gram.flat)
+    def gradient(self, mean: Tensor, signed: Sequence[Tensor]) -> Tensor:
+        """The cell's mean gradient, by the inverse Walsh transform."""
+        combined = mean.clone()
+        for s, tensor in zip(self._signs, signed, strict=False):
+            combined.add_(tensor, alpha=s)
+        return combined.mul_(self._scale)
 
-    geometries = [group.geometry for group in groups for _ in group.parameters]
-    owners = owners_of(capture.parameters, geometries, size=size)
-    sums = torch.zeros(len(groups), NUM_SPLIT_SUMS + NUM_SPREAD_SUMS, dtype=torch.float64, device=data_parallel.device)
-    if measurable:
-        index = 0
-        for row, group in enumerate(groups):
-            for _ in group.parameters:
-                if owners[index] == data_parallel.rank:
-                    _add_sums(sums[row], index, group.geometry, mean_grads[index], capture, counts)
-                index += 1
-    data_parallel.sum_(sums)
-    if not measurable or counts.num_misweighted:
-        return counts, []
-    return counts, _readings(sums.cpu(), groups, capture, counts)
+    def rest(self, mean: Tensor, gradient: Tensor) -> Tensor:
+        """The mean gradient of all other samples."""
+        share = self.num_samples / self._total
+        return (mean - share * gradient) / (1 - share)
 
 
-def _add_sums(
-    row: Tensor, index: int, geometry: Geometry, mean_grad: Tensor, capture: GradientCapture, counts: Counts
-) -> None:
-    if capture.signed is not None:
-        signed = capture.signed.signed.views[index]
-        scale_a = counts.num_samples / (2 * counts.num_samples_a)
-        scale_b = counts.num_samples / (2 * counts.num_samples_b)
-        half_a = (mean_grad + signed) * scale_a
-        half_b = (mean_grad - signed) * scale_b
-        difference = signed * (scale_a + scale_b)
-        if scale_a != scale_b:
-            difference = difference + mean_grad * (scale_a - scale_b)
-        row[:NUM_SPLIT_SUMS] += _finite_or_nan(SPLIT_SUMS[geometry], half_a, half_b, difference)
-    if capture.spread is not None:
-        if geometry == "spectral":
-            covariance = capture.spread.covariance(index, num_groups=counts.num_groups)
-            row[NUM_SPLIT_SUMS:] += _finite_or_nan(spectral.spread_sums, mean_grad, covariance)
-        else:
-            variance = capture.spread.variance(index, num_groups=counts.num_groups)
-            spread_sums = euclidean.spread_sums if geometry == "euclidean" else sign.spread_sums
-            row[NUM_SPLIT_SUMS:] += spread_sums(mean_grad, variance)
+def _levels(dealing: Dealing, counts: Counts, *, num_ranks: int) -> list[list[_Cell]]:
+    """Quarters, eighths, ... of the samples, as far as the patterns tell them apart."""
+    levels = []
+    length = 3
+    while length <= len(dealing.patterns):
+        prefix = dealing._replace(patterns=dealing.patterns[:length])
+        found = sorted({prefix.signs(rank=r, chunk=c) for r in range(num_ranks) for c in range(dealing.num_chunks)})
+        cells = [_Cell(signs, counts) for signs in found]
+        if len(found) == length + 1 and all(cell.num_samples > 0 for cell in cells):
+            levels.append(cells)
+        length = 2 * length + 1
+    return levels
 
 
-def _finite_or_nan(sums_of: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """LAPACK refuses NaN and may fail on a finite matrix; no other rank may be left waiting for that."""
-    if all(bool(tensor.isfinite().all()) for tensor in tensors):
-        try:
-            return sums_of(*tensors)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch hides it from type checkers
-            logger.warning("a decomposition failed, this reading is NaN: shape=%s", tuple(tensors[0].shape))
-    return torch.full((), torch.nan, dtype=torch.float64, device=tensors[0].device)
+class GroupReader:
+    """Norms of the measured groups. Make it on every rank, at attach; `read` on every rank, on measured steps."""
+
+    def __init__(
+        self,
+        groups: Sequence[MeasuredGroup],
+        optimizers: Sequence[torch.optim.Optimizer],
+        layout: Layout,
+        measured: Measured,
+    ) -> None:
+        self.groups = tuple(groups)
+        self.measured = measured
+        self.parameters = [parameter for group in groups for parameter in group.parameters]
+        self.spectral = [group.geometry == "spectral" for group in groups for _ in group.parameters]
+        self._geometries: list[Geometry] = [group.geometry for group in groups for _ in group.parameters]
+        self._group_of = [row for row, group in enumerate(groups) for _ in group.parameters]
+        self._layout = layout
+        self.owners = Owners(self.parameters, self._geometries, layout)
+        self._optimizer_of: dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]] = {
+            id(parameter): (optimizer, param_group)
+            for optimizer in optimizers
+            for param_group in optimizer.param_groups
+            for parameter in param_group["params"]
+        }
+        if "update" in measured.directions:
+            self._directions()  # an optimizer whose momentum we do not know is told at attach
+
+    @torch.no_grad()
+    def read(self, captured: CapturedStep) -> list[GroupReading]:
+        """Readings of one step, equal on every rank; none where there are no two halves or losses are misweighted.
+
+        Collectives: the gathering of sharded matrices, then one sum of a few numbers per group.
+        """
+        counts = captured.counts
+        levels: list[list[_Cell]] = []
+        if self.measured.progress_curve and captured.signed and counts.has_halves:
+            levels = _levels(captured.dealing, counts, num_ranks=self._layout.data_parallel.size)
+        columns = _Columns(self.measured, len(captured.signed), levels, has_spread=captured.variance is not None)
+        sums = torch.zeros(len(self.groups), columns.width, dtype=torch.float64, device=self._layout.ranks.device)
+        directions = self._directions() if "update" in self.measured.directions else None
+        fill = partial(columns.fill, counts=counts, norms=self.measured.spectral_norms)
+        readable = counts.has_halves if captured.signed else counts.num_spread_groups >= 2
+        if readable:
+            for index, row in enumerate(self._group_of):
+                if not self.spectral[index] and self.owners.counts_here(index):
+                    sums[row] += fill(
+                        self._geometries[index],
+                        captured.mean[index],
+                        [pattern[index] for pattern in captured.signed],
+                        directions[index] if directions else None,
+                        captured.variance(index) if captured.variance else None,
+                    )
+        self._add_matrices(sums, fill if readable else None, captured, directions)
+        self._layout.ranks.sum_(sums)
+        if not readable or counts.num_misweighted or counts.same_samples:
+            return []
+        return [
+            reading
+            for row, group in zip(sums.cpu(), self.groups, strict=True)
+            for reading in columns.readings(row, group, counts)
+        ]
+
+    def _add_matrices(
+        self,
+        sums: Tensor,
+        fill: Callable[..., Tensor] | None,
+        captured: CapturedStep,
+        directions: Sequence[Direction] | None,
+    ) -> None:
+        if not any(self.spectral):
+            return
+        quantities: list[Sequence[Tensor]] = [captured.mean, *captured.signed]
+        if directions is not None:
+            momenta = [
+                torch.zeros_like(mean) if found.momentum is None else found.momentum.to(mean.dtype)
+                for found, mean in zip(directions, captured.mean, strict=True)
+            ]
+            quantities.append(momenta)
+        whole = self.owners.gather(quantities)
+        if fill is None:
+            return
+        batches: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
+        for index in whole:
+            batches[self._group_of[index], tuple(self.parameters[index].shape)].append(index)
+        for (row, shape), indices in batches.items():
+            at_once = max(1, MAX_BATCH_ELEMENTS // math.prod(shape))
+            for start in range(0, len(indices), at_once):
+                chosen = indices[start : start + at_once]
+                mean, *rest = [torch.stack(tensors) for tensors in zip(*(whole.pop(i) for i in chosen), strict=True)]
+                direction = None
+                if directions is not None:
+                    direction = _stacked([directions[i] for i in chosen], rest.pop())
+                covariance = None
+                if captured.covariance is not None:
+                    covariance = torch.stack([captured.covariance(index) for index in chosen])
+                sums[row] += fill("spectral", mean, rest, direction, covariance)
+
+    def _directions(self) -> list[Direction]:
+        return [direction_of(*self._optimizer_of[id(parameter)], parameter) for parameter in self.parameters]
 
 
-def _readings(
-    sums: Tensor, groups: Sequence[MeasuredGroup], capture: GradientCapture, counts: Counts
-) -> list[GroupReading]:
-    found: list[GroupReading] = []
-    for row, group in enumerate(groups):
-        reading = partial(
+def _stacked(directions: Sequence[Direction], momenta: Tensor) -> Direction:
+    """The directions of a batch of matrices, whose param groups may differ: weights of shape (B, 1, 1)."""
+    weights = torch.tensor(
+        [[found.momentum_weight, found.gradient_weight] for found in directions],
+        dtype=momenta.dtype,
+        device=momenta.device,
+    )
+    momentum_weight, gradient_weight = weights.view(-1, 2, 1, 1).unbind(1)
+    return Direction(momentum_weight, gradient_weight, momenta)
+
+
+class _Columns:
+    """Where each sum stands in a group's row, and what the finished row says."""
+
+    def __init__(
+        self, measured: Measured, num_patterns: int, levels: Sequence[Sequence[_Cell]], *, has_spread: bool
+    ) -> None:
+        self._num_patterns = num_patterns
+        self._directions = measured.directions if num_patterns else ()
+        self._levels = levels
+        self._has_spread = has_spread
+        self.width = (
+            len(self._directions) * num_patterns * NUM_SPLIT_SUMS
+            + NUM_PROGRESS_SUMS * sum(len(cells) for cells in levels)
+            + NUM_SPREAD_SUMS * has_spread
+        )
+
+    def fill(
+        self,
+        geometry: Geometry,
+        mean: Tensor,
+        signed: Sequence[Tensor],
+        direction: Direction | None,
+        spread: Tensor | None,
+        *,
+        counts: Counts,
+        norms: SpectralNorms,
+    ) -> Tensor:
+        """(width,) float64 of one tensor, or of a batch of equal matrices."""
+        sums = partial(self._sums, geometry, mean, signed, direction, spread, counts, norms)
+        if geometry != "spectral" or (norms != "exact" and spread is None):
+            return sums()
+        # LAPACK refuses NaN and may fail on a finite matrix; no other rank may be left waiting for that.
+        if all(bool(tensor.isfinite().all()) for tensor in (mean, *signed)):
+            try:
+                return sums()
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch hides it from type checkers
+                logger.warning("a decomposition failed, this reading is NaN: shape=%s", tuple(mean.shape))
+        return torch.full((self.width,), torch.nan, dtype=torch.float64, device=mean.device)
+
+    def _sums(
+        self,
+        geometry: Geometry,
+        mean: Tensor,
+        signed: Sequence[Tensor],
+        direction: Direction | None,
+        spread: Tensor | None,
+        counts: Counts,
+        norms: SpectralNorms,
+    ) -> Tensor:
+        options: dict[str, Any] = {"norms": norms} if geometry == "spectral" else {}
+        parts: list[Tensor] = []
+        for name in self._directions:
+            for pattern, half in enumerate(signed):
+                half_a, half_b, difference = _halves(mean, half, counts, pattern)
+                if name == "gradient":
+                    parts.append(SPLIT_SUMS[geometry](half_a, half_b, difference, **options))
+                    continue
+                assert direction is not None
+                fresh = direction.gradient_weight
+                past = 0.0 if direction.momentum is None else direction.momentum_weight * direction.momentum
+                parts.append(
+                    SPLIT_SUMS[geometry](
+                        past + fresh * half_a,
+                        past + fresh * half_b,
+                        fresh * difference,
+                        target_a=half_a,
+                        target_b=half_b,
+                        **options,
+                    )
+                )
+        for cells in self._levels:
+            for cell in cells:
+                grad = cell.gradient(mean, signed)
+                parts.append(PROGRESS_SUMS[geometry](grad, cell.rest(mean, grad), **options))
+        if self._has_spread:
+            assert spread is not None
+            if geometry == "spectral":
+                parts.append(spectral.spread_sums(mean, spread, norms=norms))
+            else:
+                parts.append((euclidean if geometry == "euclidean" else sign).spread_sums(mean, spread))
+        return torch.cat(parts)
+
+    def readings(self, row: Tensor, group: MeasuredGroup, counts: Counts) -> list[GroupReading]:
+        """What one group's finished row says, one reading per direction and estimator."""
+        found: list[GroupReading] = []
+        position = 0
+        of_group = partial(
             GroupReading,
             group=group.name,
             geometry=group.geometry,
-            num_groups=counts.num_groups,
-            samples_per_group=counts.num_samples / counts.num_groups,
             learning_rate=float(group.param_groups[0]["lr"]),
         )
-        if capture.signed is not None:
-            split = split_dual_norms(
-                sums[row, :NUM_SPLIT_SUMS],
-                geometry=group.geometry,
-                num_samples_a=counts.num_samples_a,
-                num_samples_b=counts.num_samples_b,
-            )
-            assert split.progress is not None
+        for name in self._directions:
+            length = self._num_patterns * NUM_SPLIT_SUMS
+            patterns = row[position : position + length].view(self._num_patterns, NUM_SPLIT_SUMS)
+            position += length
             found.append(
-                reading(
+                of_group(
                     estimator="split",
-                    noise=split.noise.item(),
-                    signal=split.signal.item(),
-                    progress=split.progress.item(),
+                    direction=name,
+                    num_groups=counts.num_groups,
+                    samples_per_group=counts.num_samples / counts.num_groups,
+                    num_sign_patterns=self._num_patterns,
+                    **_split_fields(patterns, group.geometry, name, counts),
                 )
             )
-        if capture.spread is not None:
-            spread = spread_dual_norms(sums[row, NUM_SPLIT_SUMS:], geometry=group.geometry)
+        if self._levels:
+            curve = []
+            for cells in self._levels:
+                length = len(cells) * NUM_PROGRESS_SUMS
+                pairs = row[position : position + length].view(len(cells), NUM_PROGRESS_SUMS)
+                position += length
+                progress = finished_progress(pairs, geometry=group.geometry).mean().item()
+                curve.append(ProgressPoint(samples=counts.num_samples / len(cells), progress=progress))
+            found = [reading.model_copy(update={"progress_curve": _with_half(curve, reading)}) for reading in found]
+        if self._has_spread:
+            norms = spread_dual_norms(row[position : position + NUM_SPREAD_SUMS], geometry=group.geometry)
             found.append(
-                reading(
+                of_group(
                     estimator="rank_variance",
-                    noise=spread.noise.item(),
-                    signal=spread.signal.item(),
+                    num_groups=counts.num_spread_groups,
+                    samples_per_group=counts.num_samples / counts.num_spread_groups,
+                    noise=norms.noise.item(),
+                    signal=norms.signal.item(),
                     ceiling_samples=pure_noise_reading(
                         group.geometry,
                         global_batch_size=counts.num_samples,
-                        num_groups=counts.num_groups,
+                        num_groups=counts.num_spread_groups,
                         shapes=group.shapes,
                     ),
                 )
             )
-    return found
+        return found
 
 
-def _reduce_counts(capture: GradientCapture, data_parallel: DataParallelGroup) -> Counts:
-    totals = torch.tensor(
-        [capture.num_samples_a, capture.num_samples_b, float(capture.num_groups)],
-        dtype=torch.float64,
-        device=data_parallel.device,
-    )
-    data_parallel.sum_(totals)
-    num_samples_a, num_samples_b, num_groups = totals.tolist()
-    total = num_samples_a + num_samples_b
-    wrong = sum(
-        abs(factor * total - data_parallel.size * num_samples) > 1e-6 * total
-        for num_samples, factor in capture.loss_factors
-    )
-    wrong += capture.num_repeated_backwards
-    misweighted = torch.tensor(float(wrong), dtype=torch.float64, device=data_parallel.device)
-    data_parallel.sum_(misweighted)
-    return Counts(num_samples_a, num_samples_b, int(num_groups), int(misweighted.item()))
+def _halves(mean: Tensor, signed: Tensor, counts: Counts, pattern: int) -> tuple[Tensor, Tensor, Tensor]:
+    """g_A, g_B and their difference, which the signed mean knows without cancellation."""
+    num_samples_a = counts.num_samples_a[pattern]
+    scale_a = counts.num_samples / (2 * num_samples_a)
+    scale_b = counts.num_samples / (2 * (counts.num_samples - num_samples_a))
+    difference = signed * (scale_a + scale_b)
+    if scale_a != scale_b:
+        difference = difference + mean * (scale_a - scale_b)
+    return _sum_or_zero(mean, signed) * scale_a, _sum_or_zero(mean, -signed) * scale_b, difference
 
 
-def _mean_grads(capture: GradientCapture, counts: Counts, data_parallel: DataParallelGroup) -> Sequence[Tensor]:
-    """gbar per tensor in the statistics' dtype: the averaged gradient itself, or a full-precision reduction."""
-    if not capture.low_precision:
-        return [
-            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
-            for parameter in capture.parameters
+def _sum_or_zero(left: Tensor, right: Tensor) -> Tensor:
+    """left + right, with entries that are nothing but rounding set to 0: sign() would make whole steps of them.
+
+    An embedding row or an expert that one half never saw has mean = +-signed, up to the order of summation.
+    """
+    total = left + right
+    rounding = 8 * torch.finfo(total.dtype).eps
+    return total.masked_fill_(total.abs() <= rounding * left.abs(), 0.0)
+
+
+def _split_fields(patterns: Tensor, geometry: Geometry, direction: DirectionName, counts: Counts) -> dict[str, Any]:
+    """Averages over sign patterns, and their standard errors where there are several.
+
+    As in trainer_hooks.estimators.split_over_patterns. The progress of an update has none: what its patterns share is
+    nearly all of its error, and nothing here shows it.
+    """
+    sizes = [(num_a, counts.num_samples - num_a) for num_a in counts.num_samples_a]
+    norms = [
+        split_dual_norms(sums, geometry=geometry, num_samples_a=num_a, num_samples_b=num_b)
+        for sums, (num_a, num_b) in zip(patterns, sizes, strict=True)
+    ]
+    shared = torch.stack(
+        [
+            first_order_noise(sums, geometry=geometry, num_samples_a=num_a, num_samples_b=num_b)
+            for sums, (num_a, num_b) in zip(patterns, sizes, strict=True)
         ]
-    if capture.signed is not None and capture.signed.total is not None:
-        data_parallel.sum_(capture.signed.total.flat).div_(data_parallel.size)
-        return capture.signed.total.views
-    assert capture.spread is not None
-    local_samples = capture.num_samples_a + capture.num_samples_b
-    mean = FlatBuffer(capture.parameters, dtype=capture.spread.mean.flat.dtype)
-    mean.flat.copy_(capture.spread.mean.flat).mul_(local_samples / counts.num_samples if counts.num_samples else 0.0)
-    data_parallel.sum_(mean.flat)
-    return mean.views
+    )
+    noise = torch.stack([found.noise for found in norms])
+    signal = torch.stack([found.signal for found in norms])
+    progress = torch.stack([found.progress for found in norms if found.progress is not None])
+    number = len(norms)
+    several = number > 1
+    progress_error = None
+    if several and direction == "gradient":
+        progress_error = (progress.var() * (1 + 1 / number) + shared.square().mean()).sqrt().item()
+    return {
+        "noise": noise.mean().item(),
+        "signal": signal.mean().item(),
+        "progress": progress.mean().item(),
+        "noise_standard_error": noise.std().item() / math.sqrt(number) if several else None,
+        "progress_standard_error": progress_error,
+    }
+
+
+def _with_half(curve: Sequence[ProgressPoint], reading: GroupReading) -> tuple[ProgressPoint, ...]:
+    """The curve in ascending order, with what the halves say; of the gradient's own direction only."""
+    if reading.direction != "gradient" or reading.progress is None:
+        return ()
+    half = ProgressPoint(samples=2 * curve[0].samples, progress=reading.progress)
+    return (*reversed(curve), half)

@@ -13,7 +13,7 @@ from gns_controller.core.runs import Registration, RunSpecification
 from trainer_hooks.client.http import HttpController
 from trainer_hooks.client.local import LocalController
 from trainer_hooks.client.protocol import Controller
-from trainer_hooks.collectives import DataParallelGroup
+from trainer_hooks.collectives import RankGroup
 
 _REGISTRATION_SECONDS = 5.0
 """Once, at attach: a wrong specification is better told now than later."""
@@ -29,7 +29,7 @@ def connect(
     token: str | None,
     spool_directory: Path,
     resume_step: int,
-    data_parallel: DataParallelGroup,
+    ranks: RankGroup,
     decision_deadline_seconds: float,
 ) -> Controller | None:
     """Rank 0's client, None on the others. Call it on every rank.
@@ -42,7 +42,7 @@ def connect(
     """
     client: Controller | None = None
     problem: GnsError | None = None
-    if data_parallel.rank == 0:
+    if ranks.rank == 0:
         if url is None:
             client = LocalController(specification, policy_state, pending)
         else:
@@ -67,7 +67,7 @@ def connect(
                     client.close(deadline_seconds=1.0)
     message = {"ok": True} if problem is None else {"error": str(problem)[:2000]}
     try:
-        data_parallel.broadcast_message(message if data_parallel.rank == 0 else None)
+        ranks.broadcast_message(message if ranks.rank == 0 else None)
     except GnsError as error:
         if problem is None:
             raise InvalidInputError(str(error)) from None

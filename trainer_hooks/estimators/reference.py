@@ -9,16 +9,17 @@ What the hooks compute under DDP equals these functions on the gathered gradient
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gns_controller.core.contract import Geometry
 from gns_controller.core.errors import GeometryError, InvalidInputError, TooFewGroupsError
+from gns_controller.core.few_groups import c4
 from trainer_hooks.estimators import euclidean, sign, spectral
-from trainer_hooks.estimators.geometries import SPLIT_SUMS
-from trainer_hooks.estimators.sums import DualNorms, split_dual_norms, spread_dual_norms
+from trainer_hooks.estimators.geometries import PROGRESS_SUMS, SPLIT_SUMS
+from trainer_hooks.estimators.sums import DualNorms, finished_progress, split_dual_norms, spread_dual_norms
 
 Gradients = Sequence[Tensor | None]
 """One sample group's mean gradient, tensor by tensor. None: this tensor got no gradient, which counts as zero."""
@@ -44,6 +45,12 @@ class Estimate:
     """split only."""
     unbiased_signal_sq: Tensor | None = None
     """rank_variance in the euclidean geometry only: ||gbar||^2 - V tr C, unbiased for ||grad L||_2^2, signed."""
+    noise_corrected: Tensor | None = None
+    """rank_variance in the sign geometry only: noise / c4(K-1), so that another number of groups reads the same."""
+    noise_standard_error: Tensor | None = None
+    """split over two patterns or more."""
+    progress_standard_error: Tensor | None = None
+    """split over two patterns or more."""
 
 
 def rank_variance(
@@ -99,7 +106,8 @@ def rank_variance(
             sums += (euclidean if geometry == "euclidean" else sign).spread_sums(mean, variance)
     norms = spread_dual_norms(sums, geometry=geometry)
     unbiased = norms.signal**2 - spread_of_mean * norms.noise**2 if geometry == "euclidean" else None
-    return _estimate(norms, norms.signal**2, unbiased)
+    corrected = norms.noise / c4(len(groups) - 1) if geometry == "sign" else None
+    return replace(_estimate(norms, norms.signal**2), unbiased_signal_sq=unbiased, noise_corrected=corrected)
 
 
 def split(
@@ -136,19 +144,150 @@ def split(
         raise TooFewGroupsError(
             f"the split estimator needs a group in each half, got {len(groups_a)} and {len(groups_b)}."
         )
-    columns = _columns([*groups_a, *groups_b], [*sizes_a, *sizes_b], geometry)
-    num_samples_a, num_samples_b = sum(sizes_a), sum(sizes_b)
-    sums = torch.zeros(5, dtype=torch.float64, device=columns[0][0].device)
-    for grads in columns:
-        half_a = _weighted_mean(grads[: len(groups_a)], sizes_a)
-        half_b = _weighted_mean(grads[len(groups_a) :], sizes_b)
-        sums += SPLIT_SUMS[geometry](half_a, half_b, half_a - half_b)
-    norms = split_dual_norms(sums, geometry=geometry, num_samples_a=num_samples_a, num_samples_b=num_samples_b)
+    if len(sizes_a) != len(groups_a) or len(sizes_b) != len(groups_b):
+        raise InvalidInputError(
+            f"{len(sizes_a)} sizes for {len(groups_a)} groups and {len(sizes_b)} for {len(groups_b)}."
+        )
+    sums = _split_sums(
+        [*groups_a, *groups_b], [*sizes_a, *sizes_b], [1] * len(groups_a) + [-1] * len(groups_b), geometry
+    )
+    norms = split_dual_norms(sums, geometry=geometry, num_samples_a=sum(sizes_a), num_samples_b=sum(sizes_b))
+    return _split_estimate(norms)
+
+
+def split_over_patterns(
+    groups: Sequence[Gradients], sizes: Sequence[float], signs: Sequence[Sequence[int]], *, geometry: Geometry
+) -> Estimate:
+    """The split estimator, averaged over several ways to deal the same groups out into halves.
+
+        noise    = mean_p noise_p          noise_sq  = noise^2: the root is what is unbiased
+        signal   = mean_p signal_p         progress  = mean_p progress_p         signal_sq = signal * progress
+        noise_standard_error    = s_noise / sqrt(P)
+        progress_standard_error = sqrt(s_progress^2 (1 + 1/P) + mean_p u_p^2)
+        u_p = sqrt(n_A n_B)/B <p(g_A) + p(g_B), g_A - g_B> / 2
+
+    with s the standard deviation over the P patterns (divisor P - 1). Given the mean gradient gbar the signed
+    differences of orthogonal patterns are independent, so the noise gains sqrt(P). Progress gains less, because all
+    patterns share the noise of gbar. What that noise adds is not seen between patterns, but each difference
+    g_A - g_B is a stand-in for it, being as large and as shaped: where noise dominates, progress is an antisymmetric
+    function of the two and gbar adds at most one more s^2 (just that in l2); where signal dominates, gbar adds
+    Var <p(grad L), gbar>, which is the mean of u_p^2. In between the sum errs by -10 to +30 % of the standard error.
+
+    Args:
+        groups: K lists of tensors, each a group's mean gradient; computed in float64.
+        sizes: samples behind each group, K numbers.
+        signs: P lists of K numbers +1 (half A) or -1 (half B), as from `choose_patterns`.
+        geometry: "euclidean", "sign" or "spectral" (2-D tensors only).
+
+    Raises:
+        TooFewGroupsError: a half without groups.
+        GeometryError: unknown geometry, or spectral without a matrix.
+        InvalidInputError: lists that do not match, no pattern, a sign other than 1 and -1.
+
+    Bias: that of `split`. Standard errors assume normal noise and orthogonal patterns, and mean the spread over fresh
+        batches at the same weights.
+    """
+    if not signs:
+        raise InvalidInputError("split_over_patterns needs one sign pattern or more, got none.")
+    _columns(groups, sizes, geometry)
+    rows, first_order = [], []
+    for pattern in signs:
+        if len(pattern) != len(groups) or not {1, -1}.issuperset(pattern):
+            raise InvalidInputError(
+                f"a pattern over {len(groups)} groups is as many numbers 1 or -1, got {list(pattern)}."
+            )
+        size_a = sum(size for size, way in zip(sizes, pattern, strict=True) if way > 0)
+        size_b = sum(size for size, way in zip(sizes, pattern, strict=True) if way < 0)
+        if not size_a or not size_b:
+            raise TooFewGroupsError(f"the split estimator needs a group in each half, got the pattern {list(pattern)}.")
+        sums = _split_sums(groups, sizes, pattern, geometry)
+        rows.append(split_dual_norms(sums, geometry=geometry, num_samples_a=size_a, num_samples_b=size_b))
+        first_order.append((size_a * size_b) ** 0.5 / (size_a + size_b) * _shared_first_order(sums, geometry=geometry))
+    noise, signal, progress = (torch.stack(column) for column in zip(*rows, strict=True))
+    estimate = _split_estimate(DualNorms(noise.mean(), signal.mean(), progress.mean()))
+    if len(signs) < 2:
+        return estimate
+    shared = torch.stack(first_order).square().mean()
+    return replace(
+        estimate,
+        noise_standard_error=noise.std() / len(signs) ** 0.5,
+        progress_standard_error=(progress.var() * (1 + 1 / len(signs)) + shared).sqrt(),
+    )
+
+
+def progress_curve(
+    groups: Sequence[Gradients], sizes: Sequence[float], *, geometry: Geometry
+) -> list[tuple[float, Tensor]]:
+    """First-order progress at several batch sizes from one set of groups: (samples, progress), smallest first.
+
+        progress(m) = mean over unions u of m groups in a row of <p(g_u), g_rest>,   m = 1, 2, 4, ... <= K/2
+
+    with g_u and g_rest the sample-weighted means over the union and over all other groups. Groups that fill no union
+    only judge. `samples` is the mean number behind a union.
+
+    Args:
+        groups: K lists of tensors, each a group's mean gradient; computed in float64.
+        sizes: samples behind each group, K numbers.
+        geometry: "euclidean", "sign" or "spectral" (2-D tensors only).
+
+    Returns:
+        floor(log2 K) points; progress is () float64.
+
+    Raises:
+        TooFewGroupsError, GeometryError, InvalidInputError: as `rank_variance`.
+
+    Bias: none for E<grad L, p(g)> at that many samples, because g_rest does not know the noise in g_u. For unequal
+        sizes it is that mean over the sizes of the unions.
+    """
+    columns = _columns(groups, sizes, geometry)
+    num_groups, curve, length = len(groups), [], 1
+    while 2 * length <= num_groups:
+        found, samples = [], []
+        for start in range(0, num_groups - length + 1, length):
+            inside = [start <= index < start + length for index in range(num_groups)]
+            outside = [not flag for flag in inside]
+            sums = torch.stack(
+                [
+                    PROGRESS_SUMS[geometry](_mean_of(grads, sizes, inside), _mean_of(grads, sizes, outside))
+                    for grads in columns
+                ]
+            ).sum(0)
+            found.append(finished_progress(sums, geometry=geometry))
+            samples.append(sum(sizes[start : start + length]))
+        curve.append((sum(samples) / len(samples), torch.stack(found).mean()))
+        length *= 2
+    return curve
+
+
+def _split_sums(
+    groups: Sequence[Gradients], sizes: Sequence[float], signs: Sequence[int], geometry: Geometry
+) -> Tensor:
+    """(5,) float64 over all tensors; half A where the sign is positive."""
+    in_a = [sign > 0 for sign in signs]
+    in_b = [not flag for flag in in_a]
+    rows = []
+    for grads in _columns(groups, sizes, geometry):
+        half_a, half_b = _mean_of(grads, sizes, in_a), _mean_of(grads, sizes, in_b)
+        rows.append(SPLIT_SUMS[geometry](half_a, half_b, half_a - half_b))
+    return torch.stack(rows).sum(0)
+
+
+def _shared_first_order(sums: Tensor, *, geometry: Geometry) -> Tensor:
+    """<p(g_A) + p(g_B), g_A - g_B> / 2 from split sums: (||g_A|| - ||g_B|| + <p(g_B), g_A> - <p(g_A), g_B>) / 2."""
+    if geometry == "euclidean":
+        norms = sums[1:3].sqrt()
+        inner = finished_progress(torch.stack([sums[3:5], sums[1:3]], dim=-1), geometry=geometry)
+    else:
+        norms, inner = sums[1:3], sums[3:5]
+    return 0.5 * (norms[0] - norms[1] + inner[1] - inner[0])
+
+
+def _split_estimate(norms: DualNorms) -> Estimate:
     assert norms.progress is not None
-    return _estimate(norms, norms.signal * norms.progress, None)
+    return _estimate(norms, norms.signal * norms.progress)
 
 
-def _estimate(norms: DualNorms, signal_sq: Tensor, unbiased_signal_sq: Tensor | None) -> Estimate:
+def _estimate(norms: DualNorms, signal_sq: Tensor) -> Estimate:
     noise_sq = norms.noise**2
     return Estimate(
         noise_sq=noise_sq,
@@ -157,13 +296,14 @@ def _estimate(norms: DualNorms, signal_sq: Tensor, unbiased_signal_sq: Tensor | 
         noise=norms.noise,
         signal=norms.signal,
         progress=norms.progress,
-        unbiased_signal_sq=unbiased_signal_sq,
     )
 
 
-def _weighted_mean(grads: Sequence[Tensor], sizes: Sequence[float]) -> Tensor:
-    total = sum(sizes)
-    return torch.stack([size / total * grad for size, grad in zip(sizes, grads, strict=True)]).sum(0)
+def _mean_of(grads: Sequence[Tensor], sizes: Sequence[float], chosen: Sequence[bool]) -> Tensor:
+    """Sample-weighted mean of the chosen groups."""
+    total = sum(size for size, flag in zip(sizes, chosen, strict=True) if flag)
+    parts = [size / total * grad for size, grad, flag in zip(sizes, grads, chosen, strict=True) if flag]
+    return torch.stack(parts).sum(0)
 
 
 def _columns(groups: Sequence[Gradients], sizes: Sequence[float], geometry: Geometry) -> list[list[Tensor]]:

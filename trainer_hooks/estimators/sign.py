@@ -6,20 +6,34 @@ import torch
 from torch import Tensor
 
 
-def split_sums(half_a: Tensor, half_b: Tensor, difference: Tensor) -> Tensor:
-    """(5,) float64: l1 norms and sign inner products of two half gradients, any shape, float32 or float64.
+def split_sums(
+    half_a: Tensor,
+    half_b: Tensor,
+    difference: Tensor,
+    *,
+    target_a: Tensor | None = None,
+    target_b: Tensor | None = None,
+) -> Tensor:
+    """(5,) float64: l1 norms and sign inner products of two halves, any shape, float32 or float64.
 
-    p(g) = sign(g), with sign(0) = 0. `difference` is half_a - half_b.
+    p(g) = sign(g), with sign(0) = 0. `difference` is half_a - half_b. Where the halves are directions (momentum
+    included), the targets are the half gradients that judge them.
     """
     return torch.stack(
         [
             _l1(difference),
             _l1(half_a),
             _l1(half_b),
-            (half_a.sign() * half_b).sum(dtype=torch.float64),
-            (half_b.sign() * half_a).sum(dtype=torch.float64),
+            _progress(half_a, half_b if target_b is None else target_b),
+            _progress(half_b, half_a if target_a is None else target_a),
         ]
     )
+
+
+def progress_sums(direction: Tensor, target: Tensor) -> Tensor:
+    """(2,) float64: <sign(direction), target>, and 0."""
+    progress = _progress(direction, target)
+    return torch.stack([progress, torch.zeros_like(progress)])
 
 
 def spread_sums(mean_grad: Tensor, variance: Tensor) -> Tensor:
@@ -29,6 +43,10 @@ def spread_sums(mean_grad: Tensor, variance: Tensor) -> Tensor:
     with 16 (c4(K-1)^2).
     """
     return torch.stack([variance.sqrt().sum(dtype=torch.float64), _l1(mean_grad)])
+
+
+def _progress(direction: Tensor, target: Tensor) -> Tensor:
+    return (direction.sign() * target).sum(dtype=torch.float64)
 
 
 def _l1(tensor: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """What adds up over tensors and over shards, and how the sums become norms.
 
-    split          [||g_A - g_B||, ||g_A||, ||g_B||, <p(g_A), g_B>, <p(g_B), g_A>]
+    split          [||u_A - u_B||, ||u_A||, ||u_B||, <p(u_A), g_B>, <p(u_B), g_A>]      u = g, or the update's direction
+    progress       [<p(u), g>, 0]
     rank_variance  [||sigma||, ||gbar||]
 
 l1 and nuclear norms add over tensors as they are. The euclidean norm is that of all tensors as one vector, so its
-squares add: [||g_A - g_B||^2, ||g_A||^2, ||g_B||^2, <g_A, g_B>, 0] and [||sigma||^2, ||gbar||^2].
+squares add: [||u_A - u_B||^2, ||u_A||^2, ||u_B||^2, <u_A, g_B>, <u_B, g_A>], [<u, g>, ||u||^2] and
+[||sigma||^2, ||gbar||^2].
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from gns_controller.core.contract import Geometry
 
 NUM_SPLIT_SUMS = 5
 NUM_SPREAD_SUMS = 2
+NUM_PROGRESS_SUMS = 2
 
 
 class DualNorms(NamedTuple):
@@ -48,12 +51,31 @@ def split_dual_norms(sums: Tensor, *, geometry: Geometry, num_samples_a: float, 
     per_sample = (1 / num_samples_a + 1 / num_samples_b) ** -0.5
     if geometry == "euclidean":
         difference, norm_a, norm_b = sums[0].sqrt(), sums[1].sqrt(), sums[2].sqrt()
-        inner = sums[3]
-        progress = 0.5 * (_divide_or_zero(inner, norm_a) + _divide_or_zero(inner, norm_b))
+        progress = 0.5 * (_divide_or_zero(sums[3], norm_a) + _divide_or_zero(sums[4], norm_b))
     else:
         difference, norm_a, norm_b = sums[0], sums[1], sums[2]
         progress = 0.5 * (sums[3] + sums[4])
     return DualNorms(noise=difference * per_sample, signal=0.5 * (norm_a + norm_b), progress=progress)
+
+
+def first_order_noise(sums: Tensor, *, geometry: Geometry, num_samples_a: float, num_samples_b: float) -> Tensor:
+    """u = sqrt(n_A n_B)/B <p(g_A) + p(g_B), g_A - g_B> / 2, whose square stands for Var <p(grad L), gbar>.
+
+    The part of the error of `progress` that all sign patterns share where signal dominates. For halves of the gradient
+    only: <p(g_A), g_A> is taken to be ||g_A||.
+    """
+    if geometry == "euclidean":
+        norm_a, norm_b = sums[1].sqrt(), sums[2].sqrt()
+        inner_ab, inner_ba = _divide_or_zero(sums[3], norm_a), _divide_or_zero(sums[4], norm_b)
+    else:
+        norm_a, norm_b, inner_ab, inner_ba = sums[1:5].unbind()
+    weight = (num_samples_a * num_samples_b) ** 0.5 / (num_samples_a + num_samples_b)
+    return weight * 0.5 * (norm_a - inner_ab + inner_ba - norm_b)
+
+
+def finished_progress(sums: Tensor, *, geometry: Geometry) -> Tensor:
+    """<p(u), g> over all tensors from progress sums (..., 2) float64: (...,)."""
+    return _divide_or_zero(sums[..., 0], sums[..., 1].sqrt()) if geometry == "euclidean" else sums[..., 0]
 
 
 def spread_dual_norms(sums: Tensor, *, geometry: Geometry) -> DualNorms:

@@ -18,6 +18,7 @@ from gns_controller.core.policies.fold import PolicyState, Proposal, adopt, conc
 from gns_controller.core.policies.hold import HoldPolicyConfig
 from gns_controller.core.policies.noise_scale import NoiseScalePolicyConfig
 from gns_controller.core.policies.stages import Stage, StagesPolicyConfig
+from gns_controller.core.smoothing import NOTHING_SEEN, Judgement
 
 __all__ = [
     "AnyPolicyConfig",
@@ -66,20 +67,24 @@ def decide(
     if follow_trainer:
         state = adopt(state, measurement, rules=rules)
     state, learned = observe(config, state, measurement)
-    proposal = _propose(config, state, measurement)
+    judged = state.smoothed.judged() if state.smoothed else NOTHING_SEEN
+    proposal = _propose(config, state, measurement, judged)
     if learned != "hold" and isinstance(config, NoiseScalePolicyConfig):
         because = {
             "hold_not_finite": "this reading is not finite and is left out.",
-            "hold_no_reading": f"this report holds no {config.estimator} reading.",
+            "hold_no_reading": f"this report holds no {config.estimator} reading that this policy follows.",
         }[learned]
         proposal = Proposal(None, learned, because)
-    return conclude(state, measurement, proposal, rules=rules, policy=config.policy, policy_revision=policy_revision)
+    return conclude(
+        state, measurement, proposal, judged, rules=rules, policy=config.policy, policy_revision=policy_revision
+    )
 
 
 def _propose(
     config: AnyPolicyConfig,
     state: PolicyState,
     measurement: NoiseScaleMeasurement,
+    judged: Judgement,
 ) -> Proposal:
     match config:
         case HoldPolicyConfig():
@@ -87,4 +92,4 @@ def _propose(
         case StagesPolicyConfig():
             return stages.propose(config, state, measurement)
         case NoiseScalePolicyConfig():
-            return noise_scale.propose(config, state, measurement)
+            return noise_scale.propose(config, state, measurement, judged)

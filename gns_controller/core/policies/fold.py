@@ -10,11 +10,13 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
+from gns_controller.core.aggregation import Aggregation, summed, weighted_by_learning_rate
 from gns_controller.core.batch_arithmetic import BatchRules, factor_batch, floor_to_reachable
 from gns_controller.core.contract import (
     BatchPlan,
     Count,
     Decision,
+    Direction,
     Estimator,
     FrozenModel,
     Geometry,
@@ -23,7 +25,7 @@ from gns_controller.core.contract import (
     Reason,
 )
 from gns_controller.core.coupling import learning_rate_factor
-from gns_controller.core.smoothing import SmoothedNoiseScale
+from gns_controller.core.smoothing import Judgement, SmoothedNoiseScale
 
 LARGEST_BATCH_SIZE = 2**40
 """A signal near zero asks for more samples than numbers can count; more than anybody has is enough."""
@@ -34,8 +36,15 @@ class PolicyConfig(FrozenModel):
 
     estimator: Estimator = "split"
     """Which estimator's readings to follow."""
+    direction: Direction = "gradient"
+    """Follow readings of the gradient, or of the update that momentum makes of it."""
     geometry: Geometry | None = None
-    """Follow the first reading with this geometry; None: the first reading, which is the optimizer's matrices."""
+    """Follow readings of this geometry only; None: any."""
+    aggregation: Aggregation = "matrices_only"
+    """What becomes of several matching readings. matrices_only takes the first, which is the optimizer's matrices."""
+    correct_few_groups: bool = False
+    """rank_variance in the sign geometry: take the bias out of the root of a variance of few groups, so that another
+    number of ranks reads the same. False: as published."""
     noise_beta: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Weight of the past in the average of noise_sq, per measurement."""
     signal_beta: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -47,6 +56,9 @@ class PolicyState(FrozenModel):
 
     plan: BatchPlan
     smoothed: SmoothedNoiseScale | None = None
+    """What the policy follows."""
+    groups: tuple[SmoothedNoiseScale, ...] = ()
+    """aggregation "max" only: the averages of each group; `smoothed` is one of them."""
     num_measurements: Count = 0
     changed_at_step: Count = 0
     """optimizer_step of the last batch change."""
@@ -142,33 +154,72 @@ def adopt(state: PolicyState, measurement: NoiseScaleMeasurement, *, rules: Batc
     )
 
 
-def followed_reading(config: PolicyConfig, measurement: NoiseScaleMeasurement) -> GroupReading | None:
-    """The reading that this policy's averages are made of."""
+def followed_readings(config: PolicyConfig, measurement: NoiseScaleMeasurement) -> list[GroupReading]:
+    """What this policy's averages are made of: one reading, after aggregation; one of each group for "max"; or none."""
+    found = []
     for reading in measurement.readings:
-        if reading.estimator == config.estimator and config.geometry in (None, reading.geometry):
-            return reading
-    return None
+        if reading.estimator != config.estimator or reading.direction != config.direction:
+            continue
+        if config.geometry is not None and reading.geometry != config.geometry:
+            continue
+        found.append(reading.corrected_for_few_groups() if config.correct_few_groups else reading)
+        if config.aggregation == "matrices_only":
+            break
+    if not found or config.aggregation in ("matrices_only", "max"):
+        return found
+    name = config.aggregation if config.geometry is None else f"{config.aggregation} of {config.geometry}"
+    if config.aggregation == "sum_of_norms":
+        return [summed(found, group=name)]
+    weighted = weighted_by_learning_rate(found, group=name)
+    return [] if weighted is None else [weighted]
 
 
 def observe(config: PolicyConfig, state: PolicyState, measurement: NoiseScaleMeasurement) -> tuple[PolicyState, Reason]:
     """Update the averages. The reason is "hold" where there was something to learn, else why there was not."""
-    reading = followed_reading(config, measurement)
-    if reading is None:
+    readings = followed_readings(config, measurement)
+    if not readings:
         return state, "hold_no_reading"
-    if not reading.is_finite:
+    if not all(reading.is_finite for reading in readings):
         return state, "hold_not_finite"
-    before = state.smoothed
-    if before is None or (before.group, before.estimator) != (reading.group, reading.estimator):
-        smoothed = SmoothedNoiseScale.started_by(reading)
+    groups: tuple[SmoothedNoiseScale, ...] = ()
+    if config.aggregation == "max":
+        before = {average.group: average for average in state.groups}
+        groups = tuple(_averaged(config, before.get(reading.group), reading) for reading in readings)
+        smoothed = _largest(groups)
     else:
-        smoothed = before.updated(reading, noise_beta=config.noise_beta, signal_beta=config.signal_beta)
-    return state.model_copy(update={"smoothed": smoothed, "num_measurements": state.num_measurements + 1}), "hold"
+        smoothed = _averaged(config, state.smoothed, readings[0])
+    learned = PolicyState(
+        plan=state.plan,
+        smoothed=smoothed,
+        groups=groups,
+        num_measurements=state.num_measurements + 1,
+        changed_at_step=state.changed_at_step,
+        changed_at_samples=state.changed_at_samples,
+    )
+    return learned, "hold"
+
+
+def _averaged(config: PolicyConfig, before: SmoothedNoiseScale | None, reading: GroupReading) -> SmoothedNoiseScale:
+    if before is None or not before.continues_with(reading, corrected=config.correct_few_groups):
+        return SmoothedNoiseScale.started_by(reading, corrected=config.correct_few_groups)
+    return before.updated(reading, noise_beta=config.noise_beta, signal_beta=config.signal_beta)
+
+
+def _largest(groups: tuple[SmoothedNoiseScale, ...]) -> SmoothedNoiseScale:
+    """The largest noise scale of those resolved, else of those unresolved; the first of equals."""
+
+    def rank(average: SmoothedNoiseScale) -> tuple[bool, float]:
+        judged = average.judged()
+        return not judged.unresolved, judged.noise_scale or 0.0
+
+    return max(groups, key=rank)
 
 
 def conclude(
     state: PolicyState,
     measurement: NoiseScaleMeasurement,
     proposal: Proposal,
+    judged: Judgement,
     *,
     rules: BatchRules,
     policy: str,
@@ -216,10 +267,12 @@ def conclude(
         requested_batch_size=_finite_or_none(proposal.requested_batch_size),
         noise_sq=smoothed.noise_sq.mean if smoothed else None,
         signal_sq=smoothed.signal_sq.mean if smoothed else None,
-        noise_scale=smoothed.noise_scale if smoothed else None,
-        ceiling_samples=smoothed.ceiling_samples if smoothed else None,
-        resolution=smoothed.resolution if smoothed else None,
-        unresolved=smoothed.unresolved if smoothed else True,
+        noise_scale=judged.noise_scale,
+        noise_scale_low=judged.low,
+        noise_scale_high=judged.high,
+        ceiling_samples=judged.ceiling_samples,
+        resolution=judged.resolution,
+        unresolved=judged.unresolved,
         plan=plan,
     )
     return state, decision

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from gns_controller.core.contract import NoiseScaleMeasurement, PositiveCount, Reason, Span
 from gns_controller.core.policies.fold import PolicyConfig, PolicyState, Proposal
-from gns_controller.core.smoothing import MIN_SPLIT_MEASUREMENTS
+from gns_controller.core.smoothing import MIN_SPREAD_MEASUREMENTS, Judgement
 
 KAPPA = {"rank_variance": 1.0, "split": math.pi / 2}
 
@@ -45,20 +45,23 @@ class NoiseScalePolicyConfig(PolicyConfig):
         return cls(**{"estimator": "rank_variance", "growth_cap": None, "act_on_unresolved": True, **changes})
 
 
-def propose(config: NoiseScalePolicyConfig, state: PolicyState, measurement: NoiseScaleMeasurement) -> Proposal:
+def propose(
+    config: NoiseScalePolicyConfig, state: PolicyState, measurement: NoiseScaleMeasurement, judged: Judgement
+) -> Proposal:
     """What the rule asks for at this measurement, and which guard spoke first."""
     smoothed, current = state.smoothed, state.plan.global_batch_size
     if smoothed is None:
         return Proposal(None, "hold_no_reading", f"no {config.estimator} reading yet.")
-    noise_scale = smoothed.noise_scale
+    noise_scale = judged.noise_scale
     kappa = KAPPA[config.estimator]
     requested = None if noise_scale is None else kappa * noise_scale / config.noise_tolerance**2
     if config.warmup and not config.warmup.passed(steps=measurement.optimizer_step, samples=measurement.samples_seen):
         return Proposal(None, "warmup", "warming up, measured but not acted on.", requested)
-    if requested is None or noise_scale is None or (smoothed.unresolved and not config.act_on_unresolved):
+    if requested is None or noise_scale is None or (judged.unresolved and not config.act_on_unresolved):
         return Proposal(None, "hold_unresolved", _unresolved_clause(state), requested)
 
-    rule = f"noise scale {noise_scale:.4g} * {kappa:.4g} / {config.noise_tolerance:g}^2 asks for {requested:.4g}"
+    whose = f" of {smoothed.group}" if config.aggregation == "max" else ""
+    rule = f"noise scale {noise_scale:.4g}{whose} * {kappa:.4g} / {config.noise_tolerance:g}^2 asks for {requested:.4g}"
     if requested < current and config.monotone:
         return Proposal(None, "hold_monotone", f"{rule}, and this run never shrinks.", requested)
     if config.dwell and not config.dwell.passed(
@@ -85,8 +88,8 @@ def _unresolved_clause(state: PolicyState) -> str:
     if smoothed is None or smoothed.estimator == "rank_variance":
         return "the reading sits at its pure-noise ceiling: the noise scale is at least about this batch."
     signal = smoothed.signal_sq
-    if signal.count < MIN_SPLIT_MEASUREMENTS:
-        return f"{signal.count} of the {MIN_SPLIT_MEASUREMENTS} measurements that a standard error needs."
+    if signal.count < MIN_SPREAD_MEASUREMENTS:
+        return f"{signal.count} of the {MIN_SPREAD_MEASUREMENTS} measurements that a standard error needs."
     return (
         f"signal {signal.mean:.3g} +- {signal.standard_error:.2g} after {signal.count} measurements "
         "cannot be told from noise."

@@ -24,13 +24,22 @@ const CHARTS = [
     about:
       "Noise over signal of the gradient in the optimizer's own norm, smoothed: roughly the batch beyond which more " +
       "samples per step stop paying. The ceiling is the largest value this estimator could tell from pure noise at " +
-      "this batch. Where the ground is shaded the reading is unresolved: all it says is at least about the present batch.",
+      "this batch. The coloured band is two standard errors of noise and signal either way; where it has no upper end it " +
+      "goes up to the top. Where the ground is shaded the reading is unresolved: all it says is at least about the present batch.",
     series: [
-      { key: "noise", label: "noise scale", ink: "noise", width: 2, show: format.compact },
+      {
+        key: "noise",
+        label: "noise scale",
+        ink: "noise",
+        width: 2,
+        show: format.compact,
+        detail: (point) => format.interval(point.low, point.high),
+      },
       { key: "ceiling", label: "ceiling", ink: "ceiling", dash: [6, 5], width: 1.5, show: format.compact },
       { key: "batch", label: "batch", ink: "batch", width: 1, stairs: true, show: format.whole },
     ],
     shade: (point) => point.unresolved,
+    band: true,
   },
   {
     key: "batch",
@@ -125,6 +134,7 @@ class Panel {
     this.charts = charts;
     this.series = chart.series.filter((series) => !series.only || series.only(charts.specification));
     this.values = this.series.map(() => h("strong", { class: "value" }, "–"));
+    this.details = this.series.map((series) => (series.detail ? h("span", { class: "detail" }) : null));
     this.canvas = h("div", { class: "plot", role: "img" });
     this.waiting = h("p", { class: "waiting" }, "No measurement yet");
     this.note = h("span", { class: "note" });
@@ -154,6 +164,7 @@ class Panel {
             h("span", { class: `swatch ${series.ink}-swatch`, "aria-hidden": "true" }),
             h("span", {}, series.label),
             this.values[index],
+            this.details[index],
           ),
         ),
         h("li", {}, this.note),
@@ -196,17 +207,21 @@ class Panel {
   readOut(index) {
     const { points } = this.charts;
     const latest = index === null || index === undefined;
+    const point = latest ? points.at(-1) : points[index];
     this.series.forEach((series, place) => {
       const value = latest ? latestOf(points, series.key) : points[index]?.[series.key];
       setText(this.values[place], series.show(value ?? null));
+      if (series.detail) setText(this.details[place], point ? series.detail(point) : "");
     });
-    const point = latest ? points.at(-1) : points[index];
     const words = [];
     if (point && this.chart.shade?.(point)) words.push(`unresolved: at least about ${format.compact(point.batch)}`);
     if (point && this.chart.crosses?.(point)) words.push("not finite");
     setText(this.note, words.join(", "));
     if (!latest) return;
-    const spoken = this.series.map((series, place) => `${series.label} ${this.values[place].textContent}`);
+    const spoken = this.series.map((series, place) => {
+      const detail = this.details[place]?.textContent;
+      return `${series.label} ${this.values[place].textContent}${detail ? `, ${detail}` : ""}`;
+    });
     this.canvas.setAttribute("aria-label", `${this.chart.title}, latest: ${[...spoken, ...words].join(", ")}`);
   }
 
@@ -270,7 +285,10 @@ class Panel {
         })),
       ],
       hooks: {
-        drawClear: [(plot) => this.shade(plot, ink("unresolved"), ink("unresolved-edge"))],
+        drawClear: [
+          (plot) => this.shade(plot, ink("unresolved"), ink("unresolved-edge")),
+          (plot) => this.band(plot, ink("interval")),
+        ],
         draw: [(plot) => this.cross(plot, ink("danger"))],
         setCursor: [(plot) => this.readOut(plot.cursor.idx)],
         setSelect: [
@@ -310,6 +328,36 @@ class Panel {
       context.fillRect(from, top, to - from, height);
       context.fillStyle = edge;
       context.fillRect(from, top + height - 3 * devicePixelRatio, to - from, 3 * devicePixelRatio);
+      start = end;
+    }
+    context.restore();
+  }
+
+  /** Fill from the lower to the upper end of the interval, up to the top where there is no upper end. */
+  band(plot, fill) {
+    if (!this.chart.band) return;
+    const { points, x } = this.charts;
+    const { left, top, width, height } = plot.bbox;
+    const context = plot.ctx;
+    const at = (index) => plot.valToPos(x[index], "x", true);
+    const ends = (point) => [
+      point.low > 0 ? Math.min(plot.valToPos(point.low, "y", true), top + height) : top + height,
+      point.high > 0 ? Math.max(plot.valToPos(point.high, "y", true), top) : top,
+    ];
+    context.save();
+    context.beginPath();
+    context.rect(left, top, width, height);
+    context.clip();
+    context.fillStyle = fill;
+    for (let start = 0; start < points.length; start += 1) {
+      if (points[start].low === null) continue;
+      let end = start;
+      while (end + 1 < points.length && points[end + 1].low !== null) end += 1;
+      context.beginPath();
+      for (let index = start; index <= end; index += 1) context.lineTo(at(index), ends(points[index])[1]);
+      for (let index = end; index >= start; index -= 1) context.lineTo(at(index), ends(points[index])[0]);
+      context.closePath();
+      context.fill();
       start = end;
     }
     context.restore();

@@ -90,6 +90,19 @@ export function age(isoTime, now = Date.now()) {
   return elapsed < 1.5 ? "just now" : (elapsed < 100 ? Math.round(elapsed) + " s" : seconds(elapsed)) + " ago";
 }
 
+/** An interval that may have no upper end: "310 to 560", "310 or more", or nothing. */
+export function interval(low, high) {
+  const [least, most] = [finite(low), finite(high)];
+  if (least === null) return "";
+  return most === null ? `${compact(least)} or more` : `${compact(least)} to ${compact(most)}`;
+}
+
+/** A number with its standard error, where it has one: 0.52 ± 0.11. */
+export function uncertain(value, error) {
+  const read = finite(error);
+  return read === null ? compact(value) : `${compact(value)} ± ${trim(read.toPrecision(2))}`;
+}
+
 /** The noise scale with its honesty: a resolved number, or "at least about" the present batch. */
 export function noiseScale(decision) {
   if (!decision) return "–";

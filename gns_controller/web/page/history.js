@@ -49,6 +49,8 @@ export class History {
       factor: this.factors.get(measurement.plan_version) ?? before?.factor ?? 1,
       requested: decision ? finite(decision.requested_batch_size) : null,
       noise: decision ? positive(decision.noise_scale) : null,
+      low: decision ? finite(decision.noise_scale_low) : null,
+      high: decision ? finite(decision.noise_scale_high) : null,
       ceiling: decision ? positive(decision.ceiling_samples) : null,
       unresolved: decision ? decision.unresolved && finite(decision.noise_sq) !== null : false,
       loss: number(measurement.loss),

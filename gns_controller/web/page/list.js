@@ -144,7 +144,7 @@ function optimizerOf(run) {
   return run.specification.mode === "shadow" ? `${run.specification.optimizer} · shadow` : run.specification.optimizer;
 }
 
-/** What stands beside a noise scale. */
+/** What stands beside a noise scale in a list. */
 export function resolutionText(run) {
   const decision = run.last_decision;
   if (!decision || format.finite(decision.noise_sq) === null) return "";

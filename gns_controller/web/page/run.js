@@ -9,6 +9,7 @@ import { h, setText, showConnection } from "./dom.js";
 import * as format from "./format.js";
 import { History } from "./history.js";
 import { batchInForce, factorInForce, resolutionText } from "./list.js";
+import { Readings } from "./readings.js";
 
 const VIEW_MILLISECONDS = 3000;
 const DRAW_MILLISECONDS = 200;
@@ -23,10 +24,13 @@ export async function showRun(root, runId) {
   const header = new Header(view);
   const history = new History(specification);
   const charts = new Charts(specification);
+  const readings = new Readings(specification);
   const decisions = new Decisions();
-  root.append(header.element, toolbar(charts, specification), charts.element, decisions.element);
+  root.append(header.element, toolbar(charts, specification), charts.element, readings.element, decisions.element);
   charts.rebuild();
   header.update(view);
+  readings.add(view.last_measurement, view.policy);
+  readings.draw();
 
   let waiting = false;
   const redraw = () => {
@@ -35,6 +39,7 @@ export async function showRun(root, runId) {
     setTimeout(() => {
       waiting = false;
       charts.update(history.points);
+      readings.draw();
       decisions.draw();
     }, DRAW_MILLISECONDS);
   };
@@ -74,6 +79,7 @@ export async function showRun(root, runId) {
         history.add(news);
         if (news.decision) decisions.add(news.sequence, news.decision);
         header.news(news);
+        if (news.measurement.attempt >= header.view.attempt) readings.add(news.measurement, header.view.policy);
         redraw();
       } else {
         afterRegistration();
@@ -248,7 +254,8 @@ function noiseNote(view) {
   const decision = view.last_decision;
   if (!decision || format.finite(decision.noise_sq) === null) return "samples";
   if (decision.unresolved) return resolutionText(view);
-  return `samples, ${resolutionText(view)}`;
+  const interval = format.interval(decision.noise_scale_low, decision.noise_scale_high);
+  return `${interval ? `${interval} samples` : "samples"}, ${resolutionText(view)}`;
 }
 
 function progressText(view) {
@@ -260,19 +267,26 @@ function progressText(view) {
   return parts.join(", ");
 }
 
+function intervalText(interval) {
+  return interval.steps ? `${interval.steps} steps` : `${format.compact(interval.samples)} samples`;
+}
+
 function factsOf(view) {
   const { specification, policy, plan } = view;
   const ranks = view.last_measurement?.data_parallel_size ?? specification.data_parallel_size;
-  const interval = specification.measurement_interval;
+  const { measurement_interval: interval, measurement_budget: budget } = specification;
   const geometries = [...new Set(specification.parameter_groups.map((group) => group.geometry))];
   return [
     ["Optimizer", specification.optimizer],
     ["Geometry", policy.geometry ?? (geometries.join(", ") || "first reading")],
     ["Policy", `${policy.policy}, revision ${view.policy_revision}`],
-    ["Estimator", policy.estimator],
+    ["Estimator", policy.estimator + (policy.direction === "update" ? " of the update" : "")],
+    ...(policy.aggregation === "matrices_only" ? [] : [["Groups", policy.aggregation.replaceAll("_", " ")]]),
+    ...(policy.correct_few_groups ? [["Corrected", "for few groups"]] : []),
     ...(policy.noise_tolerance === undefined ? [] : [["Noise tolerance", String(policy.noise_tolerance)]]),
     ["Batch", `${plan.micro_batch_size} × ${plan.gradient_accumulation_steps} passes × ${ranks} ranks`],
-    ["Measured every", interval.steps ? `${interval.steps} steps` : `${format.compact(interval.samples)} samples`],
+    ["Measured every", interval ? intervalText(interval) : "as often as its budget allows"],
+    ...(budget ? [["Measuring may take", `${format.compact(100 * budget)} %`]] : []),
     ...(specification.mode === "shadow" ? [["Mode", "shadow: decides, changes nothing"]] : []),
   ];
 }

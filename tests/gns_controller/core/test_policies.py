@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from gns_controller.core.aggregation import Aggregation
 from gns_controller.core.batch_arithmetic import BatchRules, factor_batch
 from gns_controller.core.contract import Decision, NoiseScaleMeasurement, ParameterGroup, Span
 from gns_controller.core.policies import (
@@ -144,10 +145,13 @@ def test_a_policy_that_follows_a_missing_geometry_is_refused_with_what_there_is(
 
 
 readings = st.builds(
-    lambda noise, signal, progress: reading(noise_scale=noise, estimator="split", signal=signal, progress=progress),
+    lambda noise, signal, progress, rate: reading(
+        noise_scale=noise, estimator="split", signal=signal, progress=progress, learning_rate=rate
+    ),
     st.floats(0, 1e4),
     st.floats(0, 1e3) | st.just(math.inf) | st.just(math.nan),
     st.floats(-1e3, 1e3) | st.just(math.nan),
+    st.floats(0, 1) | st.just(0.0),
 )
 policies = st.builds(
     NoiseScalePolicyConfig,
@@ -158,15 +162,20 @@ policies = st.builds(
     growth_cap=st.none() | st.floats(1.1, 8),
     dwell=st.none() | st.builds(Span, samples=st.integers(1, 10_000)),
     act_on_unresolved=st.booleans(),
+    aggregation=st.sampled_from(get_args(Aggregation)),
+    correct_few_groups=st.booleans(),
 )
 
 
 @settings(max_examples=150, deadline=None)
-@given(policy=policies, found=st.lists(readings, min_size=1, max_size=25), cut=st.integers(0, 25))
+@given(policy=policies, found=st.lists(st.tuples(readings, readings), min_size=1, max_size=25), cut=st.integers(0, 25))
 def test_whatever_is_measured_decisions_stay_reachable_bounded_and_repeatable(
     policy: NoiseScalePolicyConfig, found: list[Any], cut: int
 ) -> None:
-    run = [measurement(25 * (k + 1), each) for k, each in enumerate(found)]
+    run = [
+        measurement(25 * (k + 1), first, second.model_copy(update={"group": "rest", "geometry": "sign"}))
+        for k, (first, second) in enumerate(found)
+    ]
     asked = specification(policy)
     result = replay(asked, run)
     assert replay(asked, run) == result
@@ -181,3 +190,7 @@ def test_whatever_is_measured_decisions_stay_reachable_bounded_and_repeatable(
     assert versions == sorted(versions)
     for decision in result:
         assert Decision.model_validate_json(decision.model_dump_json()) == decision
+        if decision.noise_scale_high is not None:
+            assert decision.noise_scale_low is not None
+            assert decision.noise_scale is not None
+            assert decision.noise_scale_low <= decision.noise_scale <= decision.noise_scale_high

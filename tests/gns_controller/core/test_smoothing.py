@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gns_controller.core.smoothing import SignedAverage, SmoothedNoiseScale
+from gns_controller.core.smoothing import Judgement, SignedAverage, SmoothedNoiseScale
 from tests.gns_controller.core.measurements import reading
 
 
@@ -40,7 +40,7 @@ def test_the_ratio_is_taken_after_averaging() -> None:
     for _ in range(4000):
         signal = math.sqrt(rng.gamma(4.0, 0.25))
         smoothed = smoothed.updated(reading(noise_scale=1.0, signal=signal), noise_beta=0.999, signal_beta=0.999)
-    assert smoothed.noise_scale == pytest.approx(1.0, rel=0.05)
+    assert smoothed.judged().noise_scale == pytest.approx(1.0, rel=0.05)
 
 
 def test_a_signal_that_averages_below_zero_has_no_noise_scale_and_is_unresolved() -> None:
@@ -50,8 +50,8 @@ def test_a_signal_that_averages_below_zero_has_no_noise_scale_and_is_unresolved(
             reading(noise_scale=4.0, estimator="split", progress=progress), noise_beta=0.5, signal_beta=0.5
         )
     assert smoothed.signal_sq.mean < 0
-    assert smoothed.noise_scale is None
-    assert smoothed.unresolved
+    assert smoothed.judged().noise_scale is None
+    assert smoothed.judged().unresolved
 
 
 def test_a_split_reading_is_resolved_once_its_signal_exceeds_two_standard_errors() -> None:
@@ -62,12 +62,76 @@ def test_a_split_reading_is_resolved_once_its_signal_exceeds_two_standard_errors
             smoothed = smoothed.updated(
                 reading(noise_scale=9.0, estimator="split", progress=centre + noise), noise_beta=0.9, signal_beta=0.9
             )
-        assert smoothed.unresolved is expected
-        assert smoothed.ceiling_samples is not None
-        if smoothed.resolution is not None:
-            assert (smoothed.resolution > 1) is expected
+        judged = smoothed.judged()
+        assert judged.unresolved is expected
+        assert judged.ceiling_samples is not None
+        if judged.resolution is not None:
+            assert (judged.resolution > 1) is expected
 
 
 def test_a_published_reading_near_its_pure_noise_value_is_unresolved() -> None:
-    assert SmoothedNoiseScale.started_by(reading(noise_scale=75.0, ceiling=100.0)).unresolved
-    assert not SmoothedNoiseScale.started_by(reading(noise_scale=65.0, ceiling=100.0)).unresolved
+    assert SmoothedNoiseScale.started_by(reading(noise_scale=75.0, ceiling=100.0)).judged().unresolved
+    assert not SmoothedNoiseScale.started_by(reading(noise_scale=65.0, ceiling=100.0)).judged().unresolved
+
+
+def judged_from(*, signal: float, estimator: str = "split", count: int = 9) -> Judgement:
+    """noise_sq 100 +- 2, signal_sq `signal` +- 1: spread s and sum of squared weights 1/2 give sqrt(s)."""
+    return SmoothedNoiseScale(
+        group="matrices",
+        geometry="spectral",
+        estimator=estimator,  # type: ignore[arg-type]
+        noise_sq=SignedAverage(mean=100.0, spread=4.0, sum_weights_sq=0.5, count=count),
+        signal_sq=SignedAverage(mean=signal, spread=1.0, sum_weights_sq=0.5, count=count),
+        pure_noise_samples=40.0,
+    ).judged()
+
+
+@pytest.mark.parametrize("estimator", ["split", "rank_variance"])
+def test_the_interval_goes_two_standard_errors_of_both_averages_either_way(estimator: str) -> None:
+    judged = judged_from(signal=10.0, estimator=estimator)
+    assert judged.noise_scale == pytest.approx(10.0)
+    assert judged.low == pytest.approx((100 - 4) / (10 + 2))
+    assert judged.high == pytest.approx((100 + 4) / (10 - 2))
+
+
+def test_a_signal_within_two_standard_errors_of_zero_has_no_upper_end() -> None:
+    at_two = judged_from(signal=2.0)
+    assert at_two.low == pytest.approx(96 / 4)
+    assert at_two.high is None
+    negative = judged_from(signal=-1.0)
+    assert negative.noise_scale is None
+    assert negative.low == pytest.approx(96.0)
+    assert negative.high is None
+    hopeless = judged_from(signal=-2.0)
+    assert (hopeless.low, hopeless.high) == (None, None)
+
+
+def test_there_is_no_interval_before_a_spread_can_be_trusted() -> None:
+    assert judged_from(signal=10.0, count=4)[1:3] == (None, None)
+    without_memory = SmoothedNoiseScale.started_by(reading(noise_scale=4.0, estimator="split"))
+    for _ in range(6):
+        without_memory = without_memory.updated(
+            reading(noise_scale=4.0, estimator="split"), noise_beta=0.9, signal_beta=0.0
+        )
+    assert without_memory.judged()[1:3] == (None, None)
+
+
+def test_the_interval_holds_the_true_noise_scale_nearly_always() -> None:
+    rng = np.random.default_rng(5)
+    held = []
+    for _ in range(400):
+        smoothed = None
+        for noise, signal in zip(rng.normal(9, 1, 40), rng.normal(1, 0.3, 40), strict=True):
+            one = reading(noise_scale=noise, estimator="split", progress=signal)
+            smoothed = (
+                smoothed.updated(one, noise_beta=0.9, signal_beta=0.9)
+                if smoothed
+                else SmoothedNoiseScale.started_by(one)
+            )
+        assert smoothed is not None
+        judged = smoothed.judged()
+        assert judged.low is not None
+        held.append(judged.low <= 9 and (judged.high is None or judged.high >= 9))
+    # Two errors added where they would add in quadrature: at least the 95 % of two standard errors. About nine
+    # effective measurements estimate those, which costs a few per cent again.
+    assert np.mean(held) > 0.93

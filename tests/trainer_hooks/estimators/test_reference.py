@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gns_controller.core.contract import Geometry
 from gns_controller.core.errors import GeometryError, InvalidInputError, TooFewGroupsError
+from tests.benchmarks.problems import LinearRegression, signal, textbook_noise
 from trainer_hooks.estimators import rank_variance, split
 
 GEOMETRIES: list[Geometry] = ["euclidean", "sign", "spectral"]
@@ -41,17 +42,19 @@ def numpy_dual_norm(tensors: list[np.ndarray], geometry: Geometry) -> float:
 def numpy_rank_variance(groups: list[list[np.ndarray]], sizes: list[float], geometry: Geometry) -> tuple[float, float]:
     """Written from the formulas: per-sample covariances from groups of unequal size, roots by eigendecomposition."""
     total, num_groups = sum(sizes), len(groups)
-    means = [sum(n * g[t] for n, g in zip(sizes, groups, strict=True)) / total for t in range(len(groups[0]))]
+    means: list[np.ndarray] = [
+        np.tensordot(sizes, np.stack([group[t] for group in groups]), 1) / total for t in range(len(groups[0]))
+    ]
     noise = 0.0
     for index, mean in enumerate(means):
         deviations = [group[index] - mean for group in groups]
         if geometry == "spectral":
             if mean.shape[0] > mean.shape[1]:
                 deviations = [deviation.T for deviation in deviations]
-            covariance = sum(n * d @ d.T for n, d in zip(sizes, deviations, strict=True)) / (num_groups - 1)
+            covariance = np.sum([n * d @ d.T for n, d in zip(sizes, deviations, strict=True)], 0) / (num_groups - 1)
             noise += float(np.sqrt(np.clip(np.linalg.eigvalsh(covariance), 0, None)).sum())
         else:
-            variance = sum(n * d**2 for n, d in zip(sizes, deviations, strict=True)) / (num_groups - 1)
+            variance = np.sum([n * d**2 for n, d in zip(sizes, deviations, strict=True)], 0) / (num_groups - 1)
             noise += float(variance.sum()) if geometry == "euclidean" else float(np.sqrt(variance).sum())
     return (noise if geometry == "euclidean" else noise**2), numpy_dual_norm(means, geometry) ** 2
 
@@ -140,8 +143,8 @@ def test_split_equals_an_independent_implementation(geometry: Geometry) -> None:
     sizes_a, sizes_b = [2.0, 3.0], [1.0, 1.0, 6.0]
     found = split(groups[:2], groups[2:], sizes_a, sizes_b, geometry=geometry)
     arrays = as_numpy(groups)
-    half_a = [sum(n * g[t] for n, g in zip(sizes_a, arrays[:2], strict=True)) / 5 for t in range(2)]
-    half_b = [sum(n * g[t] for n, g in zip(sizes_b, arrays[2:], strict=True)) / 8 for t in range(2)]
+    half_a = [np.average([g[t] for g in arrays[:2]], axis=0, weights=sizes_a) for t in range(2)]
+    half_b = [np.average([g[t] for g in arrays[2:]], axis=0, weights=sizes_b) for t in range(2)]
     noise_sq, signal_sq, progress = numpy_split(half_a, half_b, 5, 8, geometry)
     assert float(found.noise_sq) == pytest.approx(noise_sq, rel=1e-10)
     assert float(found.signal_sq) == pytest.approx(signal_sq, rel=1e-10)
@@ -172,32 +175,13 @@ def _weighted_variance(values: list[float], sizes: list[int], weights: list[floa
 # ------------------------------------------------------------------ unbiasedness, by simulation of a solved problem
 
 
-class LinearRegression:
-    """y = W* x + e, x ~ N(0, I_n), e ~ N(0, s^2 I_m), loss |Wx - y|^2 / 2, D = W - W*: everything is known.
+def regression(*, signal: float, seed: int) -> LinearRegression:
+    generator = torch.Generator().manual_seed(seed)
+    return LinearRegression(signal * torch.randn(4, 6, generator=generator, dtype=torch.float64), noise=1.5, seed=seed)
 
-    grad L = D;  Var(G_ij) = |D_i|^2 + s^2 + D_ij^2;  C_row = (n+1) D D^T + n s^2 I_m (m <= n).
-    """
 
-    rows, columns, noise = 4, 6, 1.5
-
-    def __init__(self, *, signal: float, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.gradient = signal * torch.randn(self.rows, self.columns, generator=self.generator, dtype=torch.float64)
-
-    def group(self, size: int) -> list[Tensor]:
-        x = torch.randn(size, self.columns, generator=self.generator, dtype=torch.float64)
-        e = self.noise * torch.randn(size, self.rows, generator=self.generator, dtype=torch.float64)
-        return [(x @ self.gradient.T - e).T @ x / size]
-
-    @property
-    def euclidean_noise_sq(self) -> float:
-        D = self.gradient
-        return float((D.square().sum(1, keepdim=True) + self.noise**2 + D.square()).sum())
-
-    @property
-    def covariance(self) -> Tensor:
-        D = self.gradient
-        return (self.columns + 1) * D @ D.T + self.columns * self.noise**2 * torch.eye(self.rows, dtype=torch.float64)
+def one_group(problem: LinearRegression, size: int) -> list[Tensor]:
+    return [problem.groups(1, 1, size)[0][0, 0]]
 
 
 def z_score(samples: list[float], truth: float) -> float:
@@ -205,25 +189,27 @@ def z_score(samples: list[float], truth: float) -> float:
 
 
 def test_euclidean_noise_and_debiased_signal_are_unbiased() -> None:
-    problem = LinearRegression(signal=0.3, seed=1)
-    found = [rank_variance([problem.group(4) for _ in range(4)], [4] * 4, geometry="euclidean") for _ in range(3000)]
-    assert abs(z_score([float(e.noise_sq) for e in found], problem.euclidean_noise_sq)) < 4
-    signal_sq = float(problem.gradient.square().sum())
+    problem = regression(signal=0.3, seed=1)
+    noise_sq, signal_sq = textbook_noise(problem, "euclidean") ** 2, signal(problem, "euclidean") ** 2
+    found = [
+        rank_variance([one_group(problem, 4) for _ in range(4)], [4] * 4, geometry="euclidean") for _ in range(3000)
+    ]
+    assert abs(z_score([float(e.noise_sq) for e in found], noise_sq)) < 4
     assert abs(z_score([float(e.unbiased_signal_sq) for e in found if e.unbiased_signal_sq is not None], signal_sq)) < 4
     # The plug-in signal is not: it is high by tr C / B, which is what makes the published noise scale saturate.
-    plug_in_bias = problem.euclidean_noise_sq / 16
+    plug_in_bias = noise_sq / 16
     assert abs(z_score([float(e.signal_sq) for e in found], signal_sq + plug_in_bias)) < 4
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_split_progress_is_unbiased_for_the_progress_of_a_half_batch(geometry: Geometry) -> None:
-    problem = LinearRegression(signal=0.2, seed=2)
+    problem = regression(signal=0.2, seed=2)
     direct, estimated = [], []
     for _ in range(3000):
-        half_a, half_b = problem.group(16), problem.group(16)
+        half_a, half_b = one_group(problem, 16), one_group(problem, 16)
         estimated.append(float(split([half_a], [half_b], [16], [16], geometry=geometry).progress or 0.0))
         # Truth without the estimator: the true gradient along the direction of an independent half batch.
-        direction = problem.group(16)[0]
+        direction = one_group(problem, 16)[0]
         if geometry == "euclidean":
             direction = direction / direction.norm()
         elif geometry == "sign":
@@ -231,7 +217,7 @@ def test_split_progress_is_unbiased_for_the_progress_of_a_half_batch(geometry: G
         else:
             left, _, right = torch.linalg.svd(direction, full_matrices=False)
             direction = left @ right
-        direct.append(float((problem.gradient * direction).sum()))
+        direct.append(float((problem.gradient[0] * direction).sum()))
     error = math.hypot(np.std(direct), np.std(estimated)) / math.sqrt(len(direct))
     assert abs(np.mean(direct) - np.mean(estimated)) < 4 * error
 

@@ -1,0 +1,51 @@
+"""Clipping by the norm of all gradients, also where parameters are sharded over different meshes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from trainer_hooks.capture import Layout
+from trainer_hooks.capture.layout import local_tensor
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float, layout: Layout) -> Tensor:
+    """Scale gradients so that their l2 norm, of all parameters and shards as one vector, is at most max_norm.
+
+    torch.nn.utils.clip_grad_norm_ refuses DTensors on different meshes, which tensor-parallel plans leave behind. Here
+    every rank sums the squares of its own blocks, each divided by the number of ranks that hold the same block, and
+    one number is summed over ranks. No host synchronisation. Every rank.
+
+    Returns:
+        () norm before clipping.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in parameters):
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    total = torch.zeros((), dtype=torch.float64, device=layout.ranks.device)
+    blocks = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        block = local_tensor(parameter.grad, like=parameter)
+        blocks.append(block)
+        total += block.square().sum(dtype=torch.float64) / _num_copies(parameter, layout)
+    norm = layout.ranks.sum_(total).sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for block in blocks:
+        block.mul_(factor.to(block.dtype))
+    return norm
+
+
+def _num_copies(parameter: Tensor, layout: Layout) -> float:
+    if not isinstance(parameter, DTensor):
+        return layout.ranks.size
+    mesh = parameter.device_mesh
+    copies = layout.ranks.size / mesh.size()
+    for axis, placement in enumerate(parameter.placements):
+        if isinstance(placement, Replicate):
+            copies *= mesh.size(axis)
+    return copies
