@@ -296,7 +296,7 @@ class Measuring:
             return
         self._told_same_samples = True
         logger.error(
-            "data-parallel ranks see the same samples, their gradients are equal to the last bit: ranks=%s. "
+            "data-parallel ranks see the same samples, their gradients or losses are equal to the last bit: ranks=%s. "
             "Give each rank its own part of the data (sampler with num_replicas and rank); nothing is measured so.",
             ", ".join(f"{first}={second}" for first, second in pairs[:8]),
         )

@@ -189,7 +189,7 @@ def _sum_instead_of_forward(model: nn.Module, weights: dict[int, float]) -> Iter
     """For the time being, forward of the model and of each sharded module is sum of (parameter * weight)."""
     root = model.module if isinstance(model, DistributedDataParallel) else model
     replaced: list[nn.Module] = [root]
-    replaced += [module for module in root.modules() if isinstance(module, FSDPModule) and module is not root]
+    replaced += [module for module in root.modules() if _is_sharded(module) and module is not root]
     weight_at = {
         (id(owner), key): weights[id(parameter)]
         for owner in root.modules()
@@ -220,6 +220,10 @@ _SET_ASIDE = (
     "_backward_hooks",
 )
 """Of torch modules: compiled calls and hooks of others (tensor-parallel plans, users) do not know our forward."""
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule)
 
 
 def _is_of_fsdp(hook: Any) -> bool:

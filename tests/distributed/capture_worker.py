@@ -236,11 +236,9 @@ def compare(
 
 
 def values_of(reading: GroupReading) -> list[float]:
-    found = [reading.noise, reading.signal]
-    for value in (reading.progress, reading.noise_standard_error, reading.progress_standard_error):
-        if value is not None:
-            found.append(value)
-    return found
+    errors = (reading.noise_standard_error, reading.progress_standard_error)
+    fields = (reading.noise, reading.signal, reading.progress, *errors)
+    return [value for value in fields if value is not None]
 
 
 def reference(

@@ -39,9 +39,6 @@ from trainer_hooks.estimators.sums import (
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH_ELEMENTS = 2**24
-"""Entries of equal matrices that are orthogonalized together: 64 MiB in float32, times about eight temporaries."""
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -49,7 +46,7 @@ class Measured:
 
     estimators: tuple[Estimator, ...]
     directions: tuple[DirectionName, ...] = ("gradient",)
-    spectral_norms: SpectralNorms = "polar_express"
+    spectral_norms: SpectralNorms = "exact"
     progress_curve: bool = False
 
 
@@ -177,7 +174,7 @@ class GroupReader:
         for index in whole:
             batches[self._group_of[index], tuple(self.parameters[index].shape)].append(index)
         for (row, shape), indices in batches.items():
-            at_once = max(1, MAX_BATCH_ELEMENTS // math.prod(shape))
+            at_once = max(1, spectral.MAX_BATCH_ELEMENTS // math.prod(shape))
             for start in range(0, len(indices), at_once):
                 chosen = indices[start : start + at_once]
                 mean, *rest = [torch.stack(tensors) for tensors in zip(*(whole.pop(i) for i in chosen), strict=True)]

@@ -10,14 +10,9 @@ from collections.abc import Sequence
 from functools import cache
 
 from gns_controller.core.contract import Geometry
+from gns_controller.core.few_groups import c4
 
 _NUM_QUADRATURE_POINTS = 4096
-
-
-def c4(degrees_of_freedom: int) -> float:
-    """E[s] / sigma for the root s of an unbiased variance of normal numbers: sqrt(2/f) Gamma((f+1)/2) / Gamma(f/2)."""
-    half = degrees_of_freedom / 2
-    return math.exp(math.lgamma(half + 0.5) - math.lgamma(half)) / math.sqrt(half)
 
 
 def pure_noise_reading(

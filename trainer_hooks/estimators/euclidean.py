@@ -37,4 +37,6 @@ def spread_sums(mean_grad: Tensor, variance: Tensor) -> Tensor:
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:
-    return (left * right).sum(dtype=torch.float64)
+    """Rows in the tensors' dtype, their sum in float64: a float64 sum of float32 entries copies them all first."""
+    rows: Tensor = torch.linalg.vecdot(left, right) if left.ndim else left * right
+    return rows.sum(dtype=torch.float64)

@@ -46,8 +46,14 @@ def spread_sums(mean_grad: Tensor, variance: Tensor) -> Tensor:
 
 
 def _progress(direction: Tensor, target: Tensor) -> Tensor:
-    return (direction.sign() * target).sum(dtype=torch.float64)
+    return _total(direction.sign().mul_(target))
 
 
 def _l1(tensor: Tensor) -> Tensor:
-    return tensor.abs().sum(dtype=torch.float64)
+    rows: Tensor = torch.linalg.vector_norm(tensor, ord=1, dim=-1 if tensor.ndim else None)
+    return rows.sum(dtype=torch.float64)
+
+
+def _total(tensor: Tensor) -> Tensor:
+    """Rows in the tensor's dtype, their sum in float64: a float64 sum of float32 entries copies them all first."""
+    return tensor.sum(dim=-1 if tensor.ndim else None).sum(dtype=torch.float64)

@@ -11,6 +11,7 @@ squares add: [||u_A - u_B||^2, ||u_A||^2, ||u_B||^2, <u_A, g_B>, <u_B, g_A>], [<
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -69,8 +70,9 @@ def first_order_noise(sums: Tensor, *, geometry: Geometry, num_samples_a: float,
         inner_ab, inner_ba = _divide_or_zero(sums[3], norm_a), _divide_or_zero(sums[4], norm_b)
     else:
         norm_a, norm_b, inner_ab, inner_ba = sums[1:5].unbind()
-    weight = (num_samples_a * num_samples_b) ** 0.5 / (num_samples_a + num_samples_b)
-    return weight * 0.5 * (norm_a - inner_ab + inner_ba - norm_b)
+    weight = math.sqrt(num_samples_a * num_samples_b) / (num_samples_a + num_samples_b)
+    inner: Tensor = norm_a - inner_ab + inner_ba - norm_b
+    return inner.mul(0.5 * weight)
 
 
 def finished_progress(sums: Tensor, *, geometry: Geometry) -> Tensor:

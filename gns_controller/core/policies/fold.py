@@ -188,15 +188,8 @@ def observe(config: PolicyConfig, state: PolicyState, measurement: NoiseScaleMea
         smoothed = _largest(groups)
     else:
         smoothed = _averaged(config, state.smoothed, readings[0])
-    learned = PolicyState(
-        plan=state.plan,
-        smoothed=smoothed,
-        groups=groups,
-        num_measurements=state.num_measurements + 1,
-        changed_at_step=state.changed_at_step,
-        changed_at_samples=state.changed_at_samples,
-    )
-    return learned, "hold"
+    learned = {"smoothed": smoothed, "groups": groups, "num_measurements": state.num_measurements + 1}
+    return state.model_copy(update=learned), "hold"
 
 
 def _averaged(config: PolicyConfig, before: SmoothedNoiseScale | None, reading: GroupReading) -> SmoothedNoiseScale:
