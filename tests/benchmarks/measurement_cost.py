@@ -30,6 +30,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from trainer_hooks.capture import Counts
+from trainer_hooks.capture.accumulators import SignedAccumulator, SpreadAccumulator
+from trainer_hooks.capture.readings import halves
 from trainer_hooks.estimators import sign, spectral
 
 WIDTH, LAYERS, FEED_FORWARD, VOCABULARY, CONTEXT = 768, 12, 3072, 32_000, 2048
@@ -101,25 +104,34 @@ def step_seconds_and_rate(seconds: dict[str, float]) -> tuple[float, float]:
 # ------------------------------------------------------------------ what a measurement does
 
 
-def capture_signed(signed: Tensor, grad: Tensor) -> None:
-    """Split: a micro-batch's local gradient into the one buffer. Stands for trainer_hooks.capture."""
-    signed.add_(grad, alpha=-1)
+def capture_signed(grad: Tensor) -> None:
+    """Split: a new buffer, and the one micro-batch's local gradient into it."""
+    SignedAccumulator([grad], num_patterns=1, keep_sum=False).add(0, grad, signs=[-1])
 
 
 def capture_spread(grad: Tensor, mean_grad: Tensor) -> Tensor:
-    """rank_variance, entry by entry: squared deviations of the local gradient, ready for the reduction."""
-    return (grad - mean_grad).square_()
+    """rank_variance: new buffers, the micro-batch into them, and the spread around the mean over ranks."""
+    is_matrix = grad.ndim == 2
+    spread = SpreadAccumulator([grad], spectral=[is_matrix], entrywise=[not is_matrix])
+    spread.add(0, grad, num_samples=SAMPLES_PER_RANK)
+    spread.recentre(0, mean_grad)
+    return (spread.covariance if is_matrix else spread.variance)(0, num_groups=RANKS)
 
 
-def capture_gram(grad: Tensor, mean_grad: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """rank_variance, matrices: the (S, S) Gram of the local gradient's deviation."""
-    deviation = spectral.wide(grad - mean_grad).to(dtype)
+def capture_gram_float32(grad: Tensor, mean_grad: Tensor) -> Tensor:
+    """The published way: the (S, S) float32 Gram of the local gradient's deviation."""
+    deviation = spectral.wide(grad - mean_grad)
     return deviation @ deviation.mT
 
 
-def halves(mean_grad: Tensor, signed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """g_A, g_B and g_A - g_B of equal halves, after the reduction."""
-    return mean_grad + signed, mean_grad - signed, 2 * signed
+EQUAL_HALVES = Counts(
+    num_samples=RANKS * SAMPLES_PER_RANK,
+    num_samples_a=(RANKS * SAMPLES_PER_RANK / 2,),
+    num_groups=RANKS,
+    num_spread_groups=RANKS,
+    num_misweighted=0,
+    same_samples=(),
+)
 
 
 def owned(num_ranks: int) -> list[dict[tuple[int, int], int]]:
@@ -139,9 +151,9 @@ def operations() -> dict[str, Callable[[], Any]]:
     share = -(-NUM_PARAMETERS // RANKS)
     grad, buffer = torch.randn(NUM_PARAMETERS), torch.randn(NUM_PARAMETERS)
     named: dict[str, Callable[[], Any]] = {f"products {shape}": layer_products(shape) for shape in (*HIDDEN, HEAD)}
-    named["capture signed, all"] = lambda: capture_signed(buffer, grad)
-    named["capture signed, hidden"] = lambda: capture_signed(buffer[:NUM_HIDDEN], grad[:NUM_HIDDEN])
-    named["sums split sign"] = lambda: sign.split_sums(*halves(grad[:share], buffer[:share]))
+    named["capture signed, all"] = lambda: capture_signed(grad)
+    named["capture signed, hidden"] = lambda: capture_signed(grad[:NUM_HIDDEN])
+    named["sums split sign"] = lambda: sign.split_sums(*halves(grad[:share], buffer[:share], EQUAL_HALVES, 0))
     named["capture spread, all"] = lambda: capture_spread(grad, buffer)
     variance = buffer[:share].square()
     named["sums spread sign"] = lambda: sign.spread_sums(grad[:share], variance * (SAMPLES_PER_RANK / (RANKS - 1)))
@@ -153,15 +165,17 @@ def operations() -> dict[str, Callable[[], Any]]:
 def matrix_operations(shape: tuple[int, int]) -> dict[str, Callable[[], Any]]:
     """Of one matrix."""
     mean_grad, signed = torch.randn(shape), torch.randn(shape)
-    gram = capture_gram(mean_grad, signed, dtype=torch.float64)
+    gram = capture_spread(mean_grad, signed)
     gram_float32 = gram.float()
     return {
         f"sums split polar_express {shape}": lambda: spectral.split_sums(
-            *halves(mean_grad, signed), norms="polar_express"
+            *halves(mean_grad, signed, EQUAL_HALVES, 0), norms="polar_express"
         ),
-        f"sums split exact {shape}": lambda: spectral.split_sums(*halves(mean_grad, signed), norms="exact"),
-        f"capture gram float64 {shape}": lambda: capture_gram(signed, mean_grad, dtype=torch.float64),
-        f"capture gram float32 {shape}": lambda: capture_gram(signed, mean_grad, dtype=torch.float32),
+        f"sums split exact {shape}": lambda: spectral.split_sums(
+            *halves(mean_grad, signed, EQUAL_HALVES, 0), norms="exact"
+        ),
+        f"capture gram float64 {shape}": lambda: capture_spread(signed, mean_grad),
+        f"capture gram float32 {shape}": lambda: capture_gram_float32(signed, mean_grad),
         f"sums spread exact {shape}": lambda: spectral.spread_sums(mean_grad, gram, norms="exact"),
         f"sums spread polar_express {shape}": lambda: spectral.spread_sums(mean_grad, gram, norms="polar_express"),
         f"sums spread full {shape}": lambda: (torch.linalg.eigh(gram_float32), spectral.nuclear_norm(mean_grad)),
@@ -229,7 +243,7 @@ def rows(seconds: dict[str, float], peaks: dict[str, int], *, step_seconds: floa
             ("rank_variance", "sign", "each rank its share"),
             capture=seconds["capture spread, all"],
             sums=seconds["sums spread sign"],
-            buffer=4 * NUM_PARAMETERS,
+            buffer=8 * NUM_PARAMETERS,
             temporary=peaks["sums spread sign"],
             reduced=4 * NUM_PARAMETERS,
         ),
@@ -250,7 +264,7 @@ def rows(seconds: dict[str, float], peaks: dict[str, int], *, step_seconds: floa
             ("rank_variance", "spectral", f"eigenvalues, mean {norms}, one owner per matrix"),
             capture=all_hidden("capture gram float64"),
             sums=busiest(f"sums spread {norms}"),
-            buffer=gram_bytes,
+            buffer=gram_bytes + 4 * NUM_HIDDEN,
             temporary=largest("capture gram float64", f"sums spread {norms}"),
             reduced=gram_bytes,
         )

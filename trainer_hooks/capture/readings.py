@@ -254,7 +254,7 @@ class _Columns:
         parts: list[Tensor] = []
         for name in self._directions:
             for pattern, half in enumerate(signed):
-                half_a, half_b, difference = _halves(mean, half, counts, pattern)
+                half_a, half_b, difference = halves(mean, half, counts, pattern)
                 if name == "gradient":
                     parts.append(SPLIT_SUMS[geometry](half_a, half_b, difference, **options))
                     continue
@@ -336,7 +336,7 @@ class _Columns:
         return found
 
 
-def _halves(mean: Tensor, signed: Tensor, counts: Counts, pattern: int) -> tuple[Tensor, Tensor, Tensor]:
+def halves(mean: Tensor, signed: Tensor, counts: Counts, pattern: int) -> tuple[Tensor, Tensor, Tensor]:
     """g_A, g_B and their difference, which the signed mean knows without cancellation."""
     num_samples_a = counts.num_samples_a[pattern]
     scale_a = counts.num_samples / (2 * num_samples_a)
