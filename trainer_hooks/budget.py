@@ -54,6 +54,7 @@ class MeasurementLedger:
         """Book one measurement. Returns the steps until the next one may begin, at least 1.
 
         (spent + c) <= budget * (elapsed + k * step_seconds + c),  c the dearest of the last three measurements
+        c <= budget * (k * step_seconds + c),                      what was saved before is not spent in one go
         """
         self.spent_seconds += max(cost.extra_seconds, cost.norm_seconds, 0.0)
         self.elapsed_seconds += cost.elapsed_seconds
@@ -61,7 +62,8 @@ class MeasurementLedger:
         expected = max(self.recent)
         if cost.step_seconds <= 0:
             return 1
-        missing = (self.spent_seconds + expected) / self.budget - self.elapsed_seconds - expected
+        steady = expected / self.budget - expected
+        missing = max(steady, steady + self.spent_seconds / self.budget - self.elapsed_seconds)
         return max(1, math.ceil(missing / cost.step_seconds))
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def best_num_patterns(cost: MeasurementCost, *, num_patterns: int, available: in
     rest = max(cost.extra_seconds - cost.norm_seconds, 0.0)
     if per_pattern <= 0:
         return available
-    return max(1, min(available, int(math.sqrt(rest / per_pattern))))
+    return max(1, min(available, round(math.sqrt(rest / per_pattern))))
 
 
 def affordable_layer_share(cost: MeasurementCost, *, budget: float, present_share: float) -> float:

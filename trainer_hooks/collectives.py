@@ -109,7 +109,8 @@ def sum_over(tensor: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
 def scatter_sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum a flat tensor over a group and keep this rank's equal share of it."""
     share = tensor.new_empty(tensor.numel() // group.size())
-    dist.reduce_scatter_single(share, tensor, op=dist.ReduceOp.SUM, group=group)
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    reduce_scatter(share, tensor, op=dist.ReduceOp.SUM, group=group)
     return share
 
 

@@ -183,7 +183,9 @@ class Measuring:
                 counts.num_misweighted,
             )
         if captured.is_incomplete and self._layout.ranks.rank == 0:
-            logger.warning("no rank_variance reading: some parameter got no gradient in some backward pass.")
+            logger.warning(
+                "no rank_variance reading: some parameter got no gradient in some backward pass, or ranks' shares differ."
+            )
         return readings
 
     # ---------------------------------------------------------------- after a step
@@ -199,7 +201,12 @@ class Measuring:
                 self._next = -(-(optimizer_step + 1) // length) * length - 1
             else:
                 self._next = (samples_seen // length + 1) * length
-        if self._ledger is None or cost is None:
+        if self._ledger is None:
+            return
+        if cost is None:  # the first step after a restart: nobody knows yet what a step takes
+            unit = 1 if self._next_unit_is_steps else batch_size
+            now = optimizer_step if self._next_unit_is_steps else samples_seen
+            self._next = max(self._next, now + FIRST_MEASURED_STEP * unit)
             return
         steps = self._ledger.settle(cost)
         unit = 1 if self._next_unit_is_steps else batch_size
@@ -210,9 +217,10 @@ class Measuring:
             self.num_patterns = best_num_patterns(
                 cost, num_patterns=self.num_patterns, available=self._available_patterns(batch_size)
             )
-        share = affordable_layer_share(cost, budget=self._ledger.budget, present_share=self.layer_share)
-        if share != self.layer_share:
-            self._measure_share(share)
+        if any(self._reader.spectral):
+            share = affordable_layer_share(cost, budget=self._ledger.budget, present_share=self.layer_share)
+            if share != self.layer_share:
+                self._measure_share(share)
         if self._layout.ranks.rank == 0:
             level = logging.INFO if before != (self.num_patterns, self.layer_share) else logging.DEBUG
             logger.log(
@@ -253,6 +261,10 @@ class Measuring:
 
     def _dealing(self, global_batch_size: int) -> Dealing:
         pieces = self._num_pieces(global_batch_size, self.min_micro_batches)
+        if "split" not in self._measured.estimators:
+            if pieces * self._layout.data_parallel.size < 2:
+                raise TooFewGroupsError("one rank with one micro-batch has no spread; cut it in two, or use two ranks.")
+            return Dealing((), 1, pieces)
         return Dealing(self._patterns(self.num_patterns, pieces), _chunks(pieces, self.num_patterns), pieces)
 
     def _num_pieces(self, global_batch_size: int, min_pieces: int) -> int:

@@ -47,6 +47,7 @@ def check_gradients(
         SelfTestError: gradients are summed instead of averaged, stay local, have another factor, or are not seen by the
             hook; the message names parameters.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would compile the test
     reason = _reason_to_skip(model)
     if reason is not None:
         if layout.ranks.rank == 0:
@@ -60,9 +61,11 @@ def check_gradients(
         parameter.grad = None
     try:
         problems = _faults(model, layout, parameters, measured, make_capture)
-    except Exception:
+    except Exception as error:
         # Nothing here may stop a run that would train well: say it, and go on without the test.
-        logger.exception("self-test of gradients could not be run, training goes on: rank=%d", layout.ranks.rank)
+        logger.warning(
+            "self-test of gradients could not be run, training goes on: rank=%d error=%r", layout.ranks.rank, error
+        )
         problems = []
     finally:
         for name, parameter in parameters.items():
@@ -188,6 +191,7 @@ def _call(model: nn.Module) -> Tensor:
 def _sum_instead_of_forward(model: nn.Module, weights: dict[int, float]) -> Iterator[None]:
     """For the time being, forward of the model and of each sharded module is sum of (parameter * weight)."""
     root = model.module if isinstance(model, DistributedDataParallel) else model
+    assert isinstance(root, nn.Module)
     replaced: list[nn.Module] = [root]
     replaced += [module for module in root.modules() if _is_sharded(module) and module is not root]
     weight_at = {
@@ -197,6 +201,7 @@ def _sum_instead_of_forward(model: nn.Module, weights: dict[int, float]) -> Iter
         if id(parameter) in weights
     }
     before = [{name: getattr(module, name) for name in _SET_ASIDE} for module in replaced]
+    own_forward = [module.__dict__.get("forward") for module in replaced]
     for module in replaced:
         module.__dict__["forward"] = _SumOfParameters(module, weight_at)
         module._compiled_call_impl = None
@@ -206,8 +211,10 @@ def _sum_instead_of_forward(model: nn.Module, weights: dict[int, float]) -> Iter
     try:
         yield
     finally:
-        for module, attributes in zip(replaced, before, strict=True):
+        for module, attributes, forward in zip(replaced, before, own_forward, strict=True):
             del module.__dict__["forward"]
+            if forward is not None:
+                module.__dict__["forward"] = forward
             for name, value in attributes.items():
                 setattr(module, name, value)
 

@@ -107,6 +107,7 @@ class AdaptiveBatch:
         self._due_exchanges: list[int] = []
         self._loss_sum = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         self._step_seconds: list[float] = []
+        self._typical_seconds: float | None = None
         self._step_ended_at: float | None = None
         self._reported_at = time.perf_counter()
         self._reported_step = 0
@@ -503,7 +504,8 @@ class AdaptiveBatch:
         self, readings: Sequence[GroupReading], *, schedule_factor: float, measured_seconds: float | None = None
     ) -> MeasurementCost | None:
         """Reduce losses and costs (every rank), then hand the measurement to rank 0's client."""
-        step_seconds = statistics.median(self._step_seconds) if self._step_seconds else None
+        step_seconds = statistics.median(self._step_seconds) if self._step_seconds else self._typical_seconds
+        self._typical_seconds = step_seconds
         is_timed = measured_seconds is not None and step_seconds is not None
         elapsed, self._reported_at = time.perf_counter() - self._reported_at, time.perf_counter()
         times = [

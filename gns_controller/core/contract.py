@@ -129,8 +129,8 @@ class GroupReading(FrozenModel):
     noise_standard_error: float | None = None
     """split with two sign patterns or more: spread of the noise over the patterns / sqrt(patterns)."""
     progress_standard_error: float | None = None
-    """split with two sign patterns or more: spread of the progress over the patterns * sqrt(1 + 1 / patterns), because
-    all patterns share the noise of the mean gradient."""
+    """split of the gradient with two sign patterns or more: from the spread of the progress over the patterns, and what
+    all patterns share, the noise of the mean gradient (docs/reference/estimators.md)."""
     progress_curve: Annotated[tuple[ProgressPoint, ...], Field(max_length=16)] = ()
     """Progress at several sub-batch sizes, from the same sample groups."""
     ceiling_samples: float | None = None

@@ -26,14 +26,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer_hooks.capture import Counts
+from gns_controller.core.contract import Estimator, Geometry
+from trainer_hooks.capture import Counts, DataParallel, Dealing, GroupReader, Layout, Measured, MeasuredGroup
 from trainer_hooks.capture.accumulators import SignedAccumulator, SpreadAccumulator
-from trainer_hooks.capture.readings import halves
-from trainer_hooks.estimators import sign, spectral
+from trainer_hooks.capture.step import CapturedStep
+from trainer_hooks.collectives import RankGroup
+from trainer_hooks.estimators import choose_patterns, spectral
+from trainer_hooks.estimators.spectral import SpectralNorms
 
 WIDTH, LAYERS, FEED_FORWARD, VOCABULARY, CONTEXT = 768, 12, 3072, 32_000, 2048
 RANKS, SAMPLES_PER_RANK, REPETITIONS, INTERVALS = 8, 16, 5, (25, 100)
@@ -124,6 +127,32 @@ def capture_gram_float32(grad: Tensor, mean_grad: Tensor) -> Tensor:
     return deviation @ deviation.mT
 
 
+def norms_of(
+    geometry: Geometry,
+    mean_grad: Tensor,
+    *,
+    signed: Tensor | None = None,
+    spread: Tensor | None = None,
+    norms: SpectralNorms = "exact",
+) -> Callable[[], Any]:
+    """The project's own way from reduced buffers to a reading, for one tensor that this rank owns."""
+    parameter = nn.Parameter(torch.empty(mean_grad.shape))
+    group = MeasuredGroup("measured", geometry, "any", (parameter,), ({"lr": 1.0},))
+    alone = RankGroup(0, 1, torch.device("cpu"), None)
+    estimator: Estimator = "split" if signed is not None else "rank_variance"
+    layout = Layout("owner", alone, DataParallel(0, 1), 1, ())
+    reader = GroupReader([group], [], layout, Measured((estimator,), spectral_norms=norms))
+    captured = CapturedStep(
+        counts=EQUAL_HALVES,
+        dealing=Dealing(choose_patterns(1, num_ranks=RANKS, num_micro_batches=1), 1, 1),
+        mean=[mean_grad],
+        signed=[] if signed is None else [[signed]],
+        variance=None if spread is None else lambda index: spread,
+        covariance=None if spread is None else lambda index: spread,
+    )
+    return lambda: reader.read(captured)
+
+
 EQUAL_HALVES = Counts(
     num_samples=RANKS * SAMPLES_PER_RANK,
     num_samples_a=(RANKS * SAMPLES_PER_RANK / 2,),
@@ -153,10 +182,10 @@ def operations() -> dict[str, Callable[[], Any]]:
     named: dict[str, Callable[[], Any]] = {f"products {shape}": layer_products(shape) for shape in (*HIDDEN, HEAD)}
     named["capture signed, all"] = lambda: capture_signed(grad)
     named["capture signed, hidden"] = lambda: capture_signed(grad[:NUM_HIDDEN])
-    named["sums split sign"] = lambda: sign.split_sums(*halves(grad[:share], buffer[:share], EQUAL_HALVES, 0))
+    named["sums split sign"] = norms_of("sign", grad[:share], signed=buffer[:share])
     named["capture spread, all"] = lambda: capture_spread(grad, buffer)
     variance = buffer[:share].square()
-    named["sums spread sign"] = lambda: sign.spread_sums(grad[:share], variance * (SAMPLES_PER_RANK / (RANKS - 1)))
+    named["sums spread sign"] = norms_of("sign", grad[:share], spread=variance)
     for shape in HIDDEN:
         named |= matrix_operations(shape)
     return named
@@ -168,16 +197,12 @@ def matrix_operations(shape: tuple[int, int]) -> dict[str, Callable[[], Any]]:
     gram = capture_spread(mean_grad, signed)
     gram_float32 = gram.float()
     return {
-        f"sums split polar_express {shape}": lambda: spectral.split_sums(
-            *halves(mean_grad, signed, EQUAL_HALVES, 0), norms="polar_express"
-        ),
-        f"sums split exact {shape}": lambda: spectral.split_sums(
-            *halves(mean_grad, signed, EQUAL_HALVES, 0), norms="exact"
-        ),
+        f"sums split polar_express {shape}": norms_of("spectral", mean_grad, signed=signed, norms="polar_express"),
+        f"sums split exact {shape}": norms_of("spectral", mean_grad, signed=signed),
         f"capture gram float64 {shape}": lambda: capture_spread(signed, mean_grad),
         f"capture gram float32 {shape}": lambda: capture_gram_float32(signed, mean_grad),
-        f"sums spread exact {shape}": lambda: spectral.spread_sums(mean_grad, gram, norms="exact"),
-        f"sums spread polar_express {shape}": lambda: spectral.spread_sums(mean_grad, gram, norms="polar_express"),
+        f"sums spread exact {shape}": norms_of("spectral", mean_grad, spread=gram),
+        f"sums spread polar_express {shape}": norms_of("spectral", mean_grad, spread=gram, norms="polar_express"),
         f"sums spread full {shape}": lambda: (torch.linalg.eigh(gram_float32), spectral.nuclear_norm(mean_grad)),
     }
 

@@ -38,6 +38,9 @@ DDP: dict[str, dict[str, Any]] = {
 
 SHARDED: dict[str, dict[str, Any]] = {
     "one-pass": {"optimizer": "stand-in", "batch": 16, "micro": 16},
+    "published-one-pass": {"optimizer": "stand-in", "batch": 16, "micro": 16, "estimators": ["rank_variance"]},
+    "tied": {"optimizer": "stand-in", "batch": 32, "micro": 4, "tied": True},
+    "frozen": {"optimizer": "signum", "batch": 32, "micro": 4, "frozen": True},
     "accumulated": {"optimizer": "stand-in", "batch": 48, "micro": 3},
     "signum": {"optimizer": "signum", "batch": 32, "micro": 4},
     "sgd": {"optimizer": "sgd", "batch": 32, "micro": 4},

@@ -9,7 +9,7 @@ gradients as one flat buffer. docs/decisions/0009 says what torch hands over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import prod
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 
 from gns_controller.core.contract import Estimator
@@ -177,7 +176,8 @@ class _SpreadSeam:
         before = []
         for module, group, indices in self._groups:
             before.append(group._reduce_scatter_comm)
-            module.set_custom_reduce_scatter(_Seam(group._reduce_scatter_comm, partial(self._take, group, indices)))
+            seam: Any = _Seam(group._reduce_scatter_comm, partial(self._take, group, indices))
+            module.set_custom_reduce_scatter(seam)
         try:
             yield
         finally:
@@ -251,14 +251,14 @@ class _SpreadSeam:
             self._num_seen[index] += 1
 
 
-class _Seam(ReduceScatter):
-    """The reduce-scatter that was there, and a look at what goes into it."""
+class _Seam:
+    """The reduce-scatter that was there, and a look at what goes into it: torch's ReduceScatter interface."""
 
-    def __init__(self, inner: Any, look: Any) -> None:
+    def __init__(self, inner: Any, look: Callable[[Tensor, dist.ProcessGroup], None]) -> None:
         self._inner = inner
         self._look = look
 
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         buffer: Tensor = self._inner.allocate(size, dtype=dtype, device=device)
         return buffer
 

@@ -101,7 +101,7 @@ def find_layout(model: nn.Module, process_group: Any = None) -> Layout:
 
 
 def parameter_groups_of(module: FSDPModule) -> list[Any]:
-    """torch's own bookkeeping of one fully_shard call: the only place where we look at private names of FSDP2.
+    """torch's own bookkeeping of one fully_shard call. Only this module and fsdp2.py look at private names of FSDP2.
 
     Raises:
         InvalidInputError: this torch keeps it elsewhere.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +38,9 @@ from trainer_hooks.estimators.sums import (
 )
 
 logger = logging.getLogger(__name__)
+
+_ENTRIES_AT_ONCE = {"cpu": 2**17, "cuda": 2**25}
+"""Of entrywise geometries, per device: half a MiB in float32, or enough to fill a GPU."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +137,11 @@ class GroupReader:
         if readable:
             for index, row in enumerate(self._group_of):
                 if not self.spectral[index] and self.owners.counts_here(index):
-                    sums[row] += fill(
-                        self._geometries[index],
-                        captured.mean[index],
-                        [pattern[index] for pattern in captured.signed],
-                        directions[index] if directions else None,
-                        captured.variance(index) if captured.variance else None,
-                    )
+                    direction = directions[index] if directions else None
+                    variance = captured.variance(index) if captured.variance else None
+                    signed = [pattern[index] for pattern in captured.signed]
+                    for part in _parts(captured.mean[index], signed, direction, variance):
+                        sums[row] += fill(self._geometries[index], *part)
         self._add_matrices(sums, fill if readable else None, captured, directions)
         self._layout.ranks.sum_(sums)
         if not readable or counts.num_misweighted or counts.same_samples:
@@ -188,6 +189,25 @@ class GroupReader:
 
     def _directions(self) -> list[Direction]:
         return [direction_of(*self._optimizer_of[id(parameter)], parameter) for parameter in self.parameters]
+
+
+def _parts(
+    mean: Tensor, signed: Sequence[Tensor], direction: Direction | None, spread: Tensor | None
+) -> Iterator[tuple[Tensor, list[Tensor], Direction | None, Tensor | None]]:
+    """The same entries in stretches that fit a cache: sums add up, and temporaries stay small."""
+    at_once = _ENTRIES_AT_ONCE["cuda" if mean.is_cuda else "cpu"]
+    if mean.numel() <= at_once:
+        yield mean, list(signed), direction, spread
+        return
+    momentum = direction.momentum if direction is not None else None
+    optional = [tensor for tensor in (momentum, spread) if tensor is not None]
+    stretches = [tensor.reshape(-1).split(at_once) for tensor in (mean, *signed, *optional)]  # type: ignore[no-untyped-call]
+    for mean_part, *rest in zip(*stretches, strict=True):
+        parts = iter(rest[len(signed) :])
+        direction_part = direction
+        if direction is not None and momentum is not None:
+            direction_part = direction._replace(momentum=next(parts))
+        yield mean_part, rest[: len(signed)], direction_part, next(parts, None)
 
 
 def _stacked(directions: Sequence[Direction], momenta: Tensor) -> Direction:
@@ -254,7 +274,7 @@ class _Columns:
         parts: list[Tensor] = []
         for name in self._directions:
             for pattern, half in enumerate(signed):
-                half_a, half_b, difference = halves(mean, half, counts, pattern)
+                half_a, half_b, difference = _halves(mean, half, counts, pattern)
                 if name == "gradient":
                     parts.append(SPLIT_SUMS[geometry](half_a, half_b, difference, **options))
                     continue
@@ -336,7 +356,7 @@ class _Columns:
         return found
 
 
-def halves(mean: Tensor, signed: Tensor, counts: Counts, pattern: int) -> tuple[Tensor, Tensor, Tensor]:
+def _halves(mean: Tensor, signed: Tensor, counts: Counts, pattern: int) -> tuple[Tensor, Tensor, Tensor]:
     """g_A, g_B and their difference, which the signed mean knows without cancellation."""
     num_samples_a = counts.num_samples_a[pattern]
     scale_a = counts.num_samples / (2 * num_samples_a)

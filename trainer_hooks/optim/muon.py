@@ -11,6 +11,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from gns_controller.core.errors import GeometryError, InvalidInputError
 from trainer_hooks.kernels import NEWTON_SCHULZ_5, OrthogonalizationSchedule, orthogonalize
@@ -58,6 +59,11 @@ class Muon(torch.optim.Optimizer):
         """Add parameters; each must be a matrix."""
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
+            if isinstance(param, DTensor):
+                raise GeometryError(
+                    f"Muon takes whole matrices, and this one of shape {tuple(param.shape)} is sharded; "
+                    "use DistributedDataParallel, or a Muon made for FSDP2 (its class name decides what is measured)."
+                )
             if param.ndim != 2:
                 raise GeometryError(
                     f"Muon takes 2-D parameters, got shape {tuple(param.shape)}; give this one to AdamW."

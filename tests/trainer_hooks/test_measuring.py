@@ -1,0 +1,231 @@
+"""Which steps a session measures, how finely, on which layers; on a clock that the test turns."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gns_controller.core.contract import NoiseScaleMeasurement, Span
+from gns_controller.core.errors import InvalidInputError
+from gns_controller.core.policies import HoldPolicyConfig
+from trainer_hooks import AdaptiveBatch, measuring
+from trainer_hooks import session as session_module
+from trainer_hooks.capture import GroupReader
+from trainer_hooks.optim import Muon, Signum
+
+
+class Rows:
+    """Eight inputs, one target."""
+
+    def __init__(self) -> None:
+        self.rows = torch.randn(512, 9, generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.rows[index]
+
+
+def deep_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    hidden = [nn.Linear(8, 8, bias=False) for _ in range(8)]
+    return nn.Sequential(*hidden, nn.Linear(8, 1, bias=False))
+
+
+def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
+    return (model(rows[:, :8]) - rows[:, 8:]).square().mean()
+
+
+def attach(model: nn.Module, **changes: Any) -> AdaptiveBatch:
+    settings: dict[str, Any] = {
+        "run": "measuring",
+        "global_batch_size": 8,
+        "micro_batch_size": 8,
+        "budget_samples": 8 * 4000,
+        "policy": HoldPolicyConfig(),
+        **changes,
+    }
+    optimizer = settings.pop("optimizer", None) or Muon(model.parameters(), lr=1e-3)
+    return AdaptiveBatch.attach(model, optimizer, **settings)
+
+
+class Clock:
+    """Seconds that pass only when told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, norm_seconds: Callable[[GroupReader], float]) -> None:
+        self.now = 0.0
+        for module in (session_module, measuring):
+            monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
+        read = GroupReader.read
+
+        def slow_read(reader: GroupReader, captured: Any) -> Any:
+            self.now += norm_seconds(reader)
+            return read(reader, captured)
+
+        monkeypatch.setattr(GroupReader, "read", slow_read)
+
+
+def measured_steps(session: AdaptiveBatch, clock: Clock, *, steps: int, step_seconds: float = 1.0) -> list[int]:
+    """Numbers of the measured steps among the next ones."""
+    found = []
+    for step in session.steps(Rows()):
+        if session.is_measured:
+            found.append(session.optimizer_step)
+        for rows in step:
+            step.backward(loss_of(session.model, rows))
+        clock.now += step_seconds
+        step.apply()
+        if session.optimizer_step >= steps:
+            break
+    return found
+
+
+def test_without_an_interval_measuring_takes_one_percent_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, norm_seconds=lambda reader: 0.5)
+    session = attach(deep_network())
+    found = measured_steps(session, clock, steps=1000)
+    # Half a second per measurement is 1 % of 50 steps; the first, after 10 steps, is caught up with.
+    distances = [later - earlier for earlier, later in pairwise(found[1:])]
+    assert found[0] == 10
+    assert set(distances) <= {49, 50, 51}
+    assert len(found) == 20
+    assert session.measurement_share is not None
+    assert 0.008 < session.measurement_share <= 0.0101
+
+
+def test_with_both_the_interval_is_the_shortest_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, norm_seconds=lambda reader: 0.5)
+    cheap = attach(deep_network(), measurement_interval=Span(samples=800), measurement_budget=0.02)
+    assert measured_steps(cheap, clock, steps=400) == [0, 100, 200, 300]
+    dear = attach(deep_network(), measurement_interval=Span(samples=80), measurement_budget=0.01)
+    found = measured_steps(dear, clock, steps=400)
+    assert min(later - earlier for earlier, later in pairwise(found[1:])) >= 49
+
+
+def test_an_interval_alone_is_kept_whatever_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, norm_seconds=lambda reader: 10.0)
+    session = attach(deep_network(), measurement_interval=Span(steps=5))
+    assert measured_steps(session, clock, steps=30) == [0, 4, 9, 14, 19, 24, 29]
+    assert session.measurement_share is None
+
+
+def test_where_the_budget_is_too_small_fewer_layers_are_measured_and_the_group_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock(monkeypatch, norm_seconds=lambda reader: 1.0 * len(reader.parameters))
+    session = attach(deep_network())
+    names: list[str] = []
+    read = session._measuring.read
+    monkeypatch.setattr(session._measuring, "read", lambda: [names.append(found.group) or found for found in read()])
+    with caplog.at_level(logging.INFO):
+        found = measured_steps(session, clock, steps=4000)
+    # 9 s for 9 layers, and 1 % of 200 steps allows 2 s: one of the eight equal layers, and the last one.
+    assert names[0] == "matrices"
+    assert set(names[1:]) == {"matrices (2 of 9)"}
+    assert "layer_share=0.125" in caplog.text
+    assert found[-1] - found[-2] in (198, 199)
+    assert session.measurement_share is not None
+    assert session.measurement_share <= 0.0101
+
+
+def test_cheap_norms_are_repeated_over_sign_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 0.9 s of a measured step do not depend on the number of patterns, 0.1 s per pattern does: sqrt(9) = 3.
+    seen: list[int | None] = []
+    clock = Clock(monkeypatch, norm_seconds=lambda reader: 0.1 * session._measuring.num_patterns)
+    session = attach(deep_network(), global_batch_size=32, micro_batch_size=4)
+    for step in session.steps(Rows()):
+        for rows in step:
+            step.backward(loss_of(session.model, rows))
+        clock.now += 1.9 if session.is_measured else 1.0
+        measured = session.is_measured
+        step.apply()
+        if measured:
+            seen.append(session.last_readings[0].num_sign_patterns)
+        if session.optimizer_step > 400:
+            break
+    assert seen[0] == 1
+    assert set(seen[1:]) == {3}
+
+
+def test_a_resumed_run_goes_on_with_its_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, norm_seconds=lambda reader: 0.5)
+    straight = attach(deep_network())
+    expected = measured_steps(straight, clock, steps=400)
+
+    first = attach(deep_network())
+    before = measured_steps(first, clock, steps=205)
+    second = attach(deep_network(), state=first.state_dict())
+    after = measured_steps(second, clock, steps=400)
+    # The steps between the last measured one and the checkpoint are not booked: it measures later, never earlier.
+    assert before == expected[: len(before)]
+    assert all(one >= other for one, other in zip(before + after, expected, strict=False))
+    assert len(expected) - len(before + after) <= 1
+
+
+def test_what_measuring_cost_goes_along_with_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[NoiseScaleMeasurement] = []
+    clock = Clock(monkeypatch, norm_seconds=lambda reader: 0.25)
+    session = attach(deep_network(), measurement_interval=Span(steps=5))
+    assert session._controller is not None
+    report = session._controller.report
+    monkeypatch.setattr(session._controller, "report", lambda found: (reported.append(found), report(found))[1])
+    measured_steps(session, clock, steps=10)
+    assert [found.measurement_seconds for found in reported] == [None, 0.25, 0.25]
+
+
+def test_sign_patterns_come_with_standard_errors_and_a_progress_curve() -> None:
+    session = attach(
+        deep_network(),
+        global_batch_size=32,
+        micro_batch_size=4,
+        measurement_interval=Span(steps=1),
+        num_sign_patterns=7,
+        progress_curve=True,
+    )
+    step = next(session.steps(Rows()))
+    for rows in step:
+        step.backward(loss_of(session.model, rows))
+    [reading] = session.measure()
+    assert (reading.num_sign_patterns, reading.num_groups) == (7, 8)
+    assert [point.samples for point in reading.progress_curve] == [4, 8, 16]
+    assert reading.noise_standard_error is not None
+    assert reading.progress_standard_error is not None
+    assert reading.ceiling is not None
+
+
+def test_both_directions_are_told_apart_and_a_first_step_has_no_momentum_yet() -> None:
+    model = deep_network()
+    signum = Signum(model.parameters(), lr=1e-3, momentum=0.9)
+    session = attach(model, optimizer=signum, measurement_interval=Span(steps=1), directions=["gradient", "update"])
+    step = next(session.steps(Rows()))
+    for rows in step:
+        step.backward(loss_of(session.model, rows))
+    gradient, update = session.measure()
+    assert (gradient.direction, update.direction) == ("gradient", "update")
+    # u = 0.1 g: noise and signal a tenth, and the same signs judged by the same gradients.
+    assert update.noise == pytest.approx(0.1 * gradient.noise)
+    assert update.signal == pytest.approx(0.1 * gradient.signal)
+    assert update.progress == pytest.approx(gradient.progress)
+    assert update.progress_standard_error is None
+
+
+def test_what_measuring_cannot_do_is_said_at_attach() -> None:
+    model = deep_network()
+    with pytest.raises(InvalidInputError, match=r"measurement_budget=2 must be a share of time between 0 and 1"):
+        attach(model, measurement_budget=2.0)
+    with pytest.raises(InvalidInputError, match="num_sign_patterns=0 must be between 1 and 63"):
+        attach(model, num_sign_patterns=0)
+    with pytest.raises(InvalidInputError, match="the momentum of optimizer Adagrad is not known"):
+        attach(
+            model,
+            optimizer=torch.optim.Adagrad(model.parameters()),
+            geometries={"Adagrad": "sign"},
+            directions=["update"],
+        )
