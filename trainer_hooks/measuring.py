@@ -184,7 +184,7 @@ class Measuring:
             )
         if captured.is_incomplete and self._layout.ranks.rank == 0:
             logger.warning(
-                "no rank_variance reading: some parameter got no gradient in some backward pass, or ranks' shares differ."
+                "no rank_variance reading: a parameter got no gradient in some backward pass, or ranks' shares differ."
             )
         return readings
 

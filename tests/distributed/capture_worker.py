@@ -194,12 +194,14 @@ def compare(
     in_time_only = case.get("layout", "ddp") != "ddp"
     num_micro_batches = len(sizes)
     num_chunks = min(1 << case.get("patterns", 1).bit_length(), 1 << (num_micro_batches.bit_length() - 1))
-    patterns = choose_patterns(
-        case.get("patterns", 1),
-        num_ranks=len(by_rank),
-        num_micro_batches=num_chunks,
-        over_ranks=not in_time_only,
-    )
+    patterns = ()
+    if "split" in case["estimators"]:
+        patterns = choose_patterns(
+            case.get("patterns", 1),
+            num_ranks=len(by_rank),
+            num_micro_batches=num_chunks,
+            over_ranks=not in_time_only,
+        )
     for group in session.groups:
         wanted = [names[id(parameter)] for parameter in group.parameters]
         all_grads, all_sizes, cells = [], [], []

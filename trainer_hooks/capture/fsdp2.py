@@ -164,7 +164,7 @@ class _SpreadSeam:
         self._weights = (0.0, 1.0, 1.0)
         index_of = {id(parameter): index for index, parameter in enumerate(parameters)}
         self._groups = [
-            (module, group, [index_of.get(id(found.sharded_param)) for found in group.fsdp_params])
+            (module, group, [index_of.get(id(found.sharded_param)) for found in _trained(group)])
             for module in layout.sharded_modules
             for group in parameter_groups_of(module)
         ]
@@ -206,7 +206,8 @@ class _SpreadSeam:
     def _take(self, group: Any, indices: Sequence[int | None], local: Tensor, shards: dist.ProcessGroup) -> None:
         num_samples, loss_factor, gradient_scale = self._weights
         num_ranks = shards.size()
-        sizes = [_padded_share(found._orig_size, num_ranks) for found in group.fsdp_params]
+        trained = _trained(group)
+        sizes = [_padded_share(found._orig_size, num_ranks) for found in trained]
         if local.numel() != num_ranks * sum(sizes):
             return  # some parameter got no gradient: which one the buffer does not tell
         local = local.to(self._dtype) / (loss_factor * gradient_scale)
@@ -220,7 +221,7 @@ class _SpreadSeam:
         my_mean = mean.view(num_ranks, -1)[shards.rank()]
         is_first_replica = replicas is None or replicas.rank() == 0
         offset = 0
-        for index, found, size in zip(indices, group.fsdp_params, sizes, strict=True):
+        for index, found, size in zip(indices, trained, sizes, strict=True):
             span = slice(offset, offset + size)
             offset += size
             if index is None:
@@ -302,6 +303,11 @@ def check_spread_seam(parameters: Sequence[Tensor], spectral: Sequence[bool], la
             f"the rank_variance estimator is not available with {' and '.join(dict.fromkeys(reasons))}; "
             "use estimators=['split'], which is."
         )
+
+
+def _trained(group: Any) -> list[Any]:
+    """Frozen parameters are not reduced."""
+    return [found for found in group.fsdp_params if found.sharded_param.requires_grad]
 
 
 def _padded_share(shape: Sequence[int], num_ranks: int) -> int:
