@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable
-from gns_controller.core.contract import BatchPlan, Estimator, RunId
+from gns_controller.core.contract import BatchPlan, Direction, Estimator, RunId
 from gns_controller.core.errors import GeometryError, InvalidInputError, TooFewGroupsError
 from gns_controller.core.policies import AnyPolicyConfig, plan_for
 from trainer_hooks.capture import MeasuredGroup
@@ -56,8 +56,8 @@ def reachable_plan(plan: BatchPlan, rules: BatchRules, *, data_parallel_size: in
     )
 
 
-def check_names(run: str, estimators: Sequence[str], policy: AnyPolicyConfig | None) -> None:
-    """The run has a name, the estimators exist, and the policy's is among them."""
+def check_names(run: str, estimators: Sequence[str], directions: Sequence[str], policy: AnyPolicyConfig | None) -> None:
+    """The run has a name, estimators and directions exist, and the policy's are among them."""
     try:
         TypeAdapter(RunId).validate_python(run)
     except ValidationError:
@@ -68,7 +68,18 @@ def check_names(run: str, estimators: Sequence[str], policy: AnyPolicyConfig | N
     unknown = sorted(set(estimators) - set(get_args(Estimator)))
     if unknown:
         raise InvalidInputError(f"estimators {unknown} do not exist; there are {', '.join(get_args(Estimator))}.")
-    if policy is not None and estimators and policy.estimator not in estimators:
+    strange = sorted(set(directions) - set(get_args(Direction)))
+    if strange:
+        raise InvalidInputError(f"directions {strange} do not exist; there are {', '.join(get_args(Direction))}.")
+    if policy is None:
+        return
+    if directions and policy.direction not in directions:
+        raise InvalidInputError(
+            f"the policy follows the {policy.direction}, and directions={list(directions)} does not measure it."
+        )
+    if policy.estimator == "rank_variance" and policy.direction == "update":
+        raise InvalidInputError("the update direction is measured by the split estimator only.")
+    if estimators and policy.estimator not in estimators:
         raise InvalidInputError(
             f"the policy follows {policy.estimator}, and estimators={list(estimators)} does not measure it."
         )

@@ -26,17 +26,18 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float, layout: Layout
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         return nn.utils.clip_grad_norm_(parameters, max_norm)
     total = torch.zeros((), dtype=torch.float64, device=layout.ranks.device)
-    blocks = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            continue
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    for parameter in trained:
+        assert parameter.grad is not None
         block = local_tensor(parameter.grad, like=parameter)
-        blocks.append(block)
         total += block.square().sum(dtype=torch.float64) / _num_copies(parameter, layout)
     norm = layout.ranks.sum_(total).sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for block in blocks:
-        block.mul_(factor.to(block.dtype))
+    for parameter in trained:
+        # Not the block above: where the gradient is a partial sum that block is a copy. Partial sums scale alike.
+        own = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        assert own is not None
+        own.mul_(factor.to(own.dtype))
     return norm
 
 

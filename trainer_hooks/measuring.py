@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class Measuring:
         self._losses = torch.zeros(2, dtype=torch.float64, device=layout.ranks.device)
         self._next = FIRST_MEASURED_STEP if interval is None else 0
         self._next_unit_is_steps = interval is None or interval.steps is not None
-        self._told_same_samples = False
+        self._told_same_samples = self._told_incomplete = self._told_too_small = False
         self.norm_seconds = 0.0
         """Of the latest measured step: reductions and norms, on this rank."""
 
@@ -104,9 +105,10 @@ class Measuring:
         if not self._layout.averages_in_backward:
             needed = max(self._min_sample_groups, self.num_patterns + 1)
             return -(-needed // self._layout.data_parallel.size)
+        groups = -(-self._min_sample_groups // self._layout.data_parallel.size)
         if "split" not in self._measured.estimators:
-            return 1
-        return 1 << self.num_patterns.bit_length()
+            return groups
+        return max(groups, 1 << self.num_patterns.bit_length())
 
     def describe(self) -> str:
         """For the line printed at attach."""
@@ -132,7 +134,8 @@ class Measuring:
         try:
             self._capture = self._make_capture(self._dealing(plan.global_batch_size))
         except TooFewGroupsError:
-            if self._layout.ranks.rank == 0:
+            if self._layout.ranks.rank == 0 and not self._told_too_small:
+                self._told_too_small = True
                 logger.warning("batch too small to be measured: global_batch_size=%d", plan.global_batch_size)
         self._losses.zero_()
 
@@ -158,7 +161,7 @@ class Measuring:
 
     def observe_loss(self, loss: Tensor) -> None:
         """On measured steps: where ranks hold no local gradient, equal losses betray equal samples."""
-        if self._capture is not None:
+        if self._capture is not None and loss.dtype.itemsize >= 4:  # bf16 losses are equal by chance
             value = loss.detach().double()
             self._losses += torch.stack([value, value * value])
 
@@ -166,6 +169,8 @@ class Measuring:
         """End of the last backward pass, before clipping: readings of a measured step, else none."""
         if self._capture is None:
             return []
+        if self._layout.ranks.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # else the norms would be charged for the backward pass
         began = time.perf_counter()
         captured = self._capture.finish(self._losses)
         readings = self._reader.read(captured)
@@ -182,7 +187,8 @@ class Measuring:
                 counts.num_samples,
                 counts.num_misweighted,
             )
-        if captured.is_incomplete and self._layout.ranks.rank == 0:
+        if captured.is_incomplete and self._layout.ranks.rank == 0 and not self._told_incomplete:
+            self._told_incomplete = True
             logger.warning(
                 "no rank_variance reading: a parameter got no gradient in some backward pass, or ranks' shares differ."
             )
@@ -208,17 +214,16 @@ class Measuring:
             now = optimizer_step if self._next_unit_is_steps else samples_seen
             self._next = max(self._next, now + FIRST_MEASURED_STEP * unit)
             return
-        steps = self._ledger.settle(cost)
+        steps = self._ledger.settle(replace(cost, num_patterns=self.num_patterns, layer_share=self.layer_share))
         unit = 1 if self._next_unit_is_steps else batch_size
         earliest = (optimizer_step if self._next_unit_is_steps else samples_seen) + (steps - 1) * unit
         self._next = max(self._next, earliest) if interval is not None else earliest
         before = (self.num_patterns, self.layer_share)
-        if self._chooses_patterns:
-            self.num_patterns = best_num_patterns(
-                cost, num_patterns=self.num_patterns, available=self._available_patterns(batch_size)
-            )
-        if any(self._reader.spectral):
-            share = affordable_layer_share(cost, budget=self._ledger.budget, present_share=self.layer_share)
+        typical = self._ledger.typical
+        if self._chooses_patterns and typical is not None:
+            self.num_patterns = best_num_patterns(typical, available=self._available_patterns(batch_size))
+        if any(self._reader.spectral) and typical is not None:
+            share = affordable_layer_share(typical, budget=self._ledger.budget, present_share=self.layer_share)
             if share != self.layer_share:
                 self._measure_share(share)
         if self._layout.ranks.rank == 0:
@@ -242,14 +247,20 @@ class Measuring:
         """For the session's checkpoint, the same on every rank."""
         return {
             "next": self._next,
+            "next_in_steps": self._next_unit_is_steps,
             "num_patterns": self.num_patterns,
             "layer_share": self.layer_share,
             "ledger": self._ledger.state_dict() if self._ledger is not None else None,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the checkpoint stopped."""
-        self._next = int(state["next"])
+    def load_state_dict(self, state: Mapping[str, Any], *, optimizer_step: int, samples_seen: int) -> None:
+        """Go on where the checkpoint stopped; anew from here if it counted in another unit."""
+        if state["next_in_steps"] == self._next_unit_is_steps:
+            self._next = int(state["next"])
+        elif not self._next_unit_is_steps:
+            self._next = samples_seen
+        else:
+            self._next = optimizer_step + FIRST_MEASURED_STEP
         if self._chooses_patterns:
             self.num_patterns = int(state["num_patterns"])
         if self._ledger is not None and state["ledger"] is not None:

@@ -20,13 +20,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gns_controller.core.errors import SelfTestError
 from trainer_hooks.capture import Dealing, GradientCapture, Layout
-from trainer_hooks.capture.layout import local_tensor
+from trainer_hooks.capture.layout import local_tensor, parameter_groups_of
 from trainer_hooks.estimators import choose_patterns
 
 logger = logging.getLogger(__name__)
 
 _NUM_PASSES = 2
 _NAMES_SHOWN = 4
+_TOLERANCE = 2e-2
+"""Reductions may be in bfloat16, whatever dtype comes out of them; faults are factors of two and more."""
 
 
 def check_gradients(
@@ -57,12 +59,18 @@ def check_gradients(
         name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad
     }
     saved = {name: parameter.grad for name, parameter in parameters.items()}
+    sync_flags = [
+        (group, group.reduce_grads, group.all_reduce_grads)
+        for module in layout.sharded_modules
+        for group in parameter_groups_of(module)
+    ]
     for parameter in parameters.values():
         parameter.grad = None
     try:
         problems = _faults(model, layout, parameters, measured, make_capture)
     except Exception as error:
-        # Nothing here may stop a run that would train well: say it, and go on without the test.
+        # A run that would train well goes on without the test. (An exception on one rank alone leaves the others
+        # waiting in its backward pass, as in training.)
         logger.warning(
             "self-test of gradients could not be run, training goes on: rank=%d error=%r", layout.ranks.rank, error
         )
@@ -70,6 +78,8 @@ def check_gradients(
     finally:
         for name, parameter in parameters.items():
             parameter.grad = saved[name]
+        for group, reduce_grads, all_reduce_grads in sync_flags:
+            group.reduce_grads, group.all_reduce_grads = reduce_grads, all_reduce_grads
     everybody = layout.ranks.gather_objects(problems)
     found = next(((rank, faults) for rank, faults in enumerate(everybody) if faults), None)
     if found is not None:
@@ -120,13 +130,19 @@ def _faults(
     captured = capture.finish(torch.zeros(2, dtype=torch.float64, device=layout.ranks.device))
     faults: dict[str, list[str]] = {}
     for name, parameter in parameters.items():
+        if parameter._backward_hooks:
+            continue  # somebody's own hook may change this gradient on purpose
         fault = _fault_of_mean(parameter, constants[id(parameter)], rank)
         if fault is not None:
             faults.setdefault(fault, []).append(name)
     names = {id(parameter): name for name, parameter in parameters.items()}
     for index, parameter in enumerate(measured):
         measured_name = names.get(id(parameter))
-        if measured_name is None or any(measured_name in listed for listed in faults.values()):
+        if (
+            measured_name is None
+            or parameter._backward_hooks
+            or any(measured_name in listed for listed in faults.values())
+        ):
             continue
         for pattern, signed in zip(patterns, captured.signed, strict=False):
             expected = sum(
@@ -170,8 +186,7 @@ def _fault_of_mean(parameter: Tensor, constants: Sequence[float], rank: int) -> 
 
 
 def _is_constant(block: Tensor, expected: float) -> bool:
-    tolerance = 1e-5 if block.dtype in (torch.float32, torch.float64) else 2e-2
-    limit = tolerance * max(abs(expected), 0.5)
+    limit = _TOLERANCE * max(abs(expected), 0.5)
     return block.numel() == 0 or bool((block.double() - expected).abs().max() <= limit)
 
 
@@ -252,8 +267,9 @@ class _SumOfParameters:
                 if (id(owner), key) in weight_at and id(parameter) not in seen:
                     seen.add(id(parameter))
                     self._own.append((owner, key, weight_at[id(owner), key]))
-            for child in owner.children():
-                (self._parts if isinstance(child, FSDPModule) else waiting).append(child)
+            # Depth first, in the order of registration: DDP lays its buckets by the first backward pass it sees.
+            waiting[:0] = [child for child in owner.children() if not isinstance(child, FSDPModule)]
+            self._parts += [child for child in owner.children() if isinstance(child, FSDPModule)]
 
     def __call__(self, start: Tensor) -> Tensor:
         total = start

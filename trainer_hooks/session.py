@@ -105,7 +105,9 @@ class AdaptiveBatch:
             for optimizer in self.optimizers
         ]
         self._due_exchanges: list[int] = []
-        self._loss_sum = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        self._loss_samples = 0
+        self._unreported: list[GroupReading] = []
         self._step_seconds: list[float] = []
         self._typical_seconds: float | None = None
         self._step_ended_at: float | None = None
@@ -197,7 +199,7 @@ class AdaptiveBatch:
             decision_deadline_seconds: longest wait for the controller, once per measured step; not during an outage.
             spool_directory: where measurements wait during an outage.
             state: what `state_dict` returned, to resume.
-            process_group: data-parallel group of a DDP model. Default: the wrapper's.
+            process_group: data-parallel group of a DDP model. Default: the wrapper's. Sharded models know theirs.
             on_decision: called on rank 0 with each decision and who made it ("controller" or "local").
 
         Raises:
@@ -208,7 +210,7 @@ class AdaptiveBatch:
             RunConflictError: the controller knows this run with another specification.
             InvalidInputError: anything else that cannot be.
         """
-        check_names(run, estimators or [], policy)
+        check_names(run, estimators or [], directions or [], policy)
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         if state is not None:
             check_state(state, optimizers)
@@ -383,15 +385,15 @@ class AdaptiveBatch:
     def observe_loss(self, loss: Tensor, *, num_samples: int) -> None:
         """Add to the mean loss of the next report. No host synchronisation."""
         self._measuring.observe_loss(loss)
-        weight = float(num_samples)
-        self._loss_sum += torch.stack(
-            [loss.detach().double() * weight, torch.tensor(weight, dtype=torch.float64, device=loss.device)]
-        )
+        self._loss_sum += loss.detach().double() * num_samples
+        self._loss_samples += num_samples
 
     def measure(self) -> list[GroupReading]:
         """End of the last backward pass, before clipping: the readings of a measured step, else nothing. Every rank."""
-        self.last_readings = self._measuring.read()
-        return self.last_readings
+        readings = self._measuring.read()
+        if self.is_measured:
+            self.last_readings = self._unreported = readings
+        return readings
 
     def set_learning_rates(self) -> None:
         """Base learning rate x schedule(samples seen) x plan factor, into every param group."""
@@ -421,9 +423,10 @@ class AdaptiveBatch:
         self.samples_seen += num_samples
         seconds = self._time_step(was_measured)
         if was_measured:
+            readings, self._unreported = self._unreported, []
             if num_samples != self.plan.global_batch_size:
-                self.last_readings = []  # another batch than the plan's: its readings would be taken for the plan's
-            cost = self._report(self.last_readings, schedule_factor=schedule_factor, measured_seconds=seconds)
+                readings = []  # another batch than the plan's: its readings would be taken for the plan's
+            cost = self._report(readings, schedule_factor=schedule_factor, measured_seconds=seconds)
             self._due_exchanges.append(self.optimizer_step + self.specification.batch.decision_delay_steps)
             self._measuring.settle(
                 cost,
@@ -485,7 +488,9 @@ class AdaptiveBatch:
             data_parallel_size=self.data_parallel.size,
         )
         self._base_learning_rates = [list(rates) for rates in state["base_learning_rates"]]
-        self._measuring.load_state_dict(state["measuring"])
+        self._measuring.load_state_dict(
+            state["measuring"], optimizer_step=self.optimizer_step, samples_seen=self.samples_seen
+        )
         self._due_exchanges = [int(step) for step in state["due_exchanges"]]
         self._arm()
 
@@ -515,11 +520,12 @@ class AdaptiveBatch:
             elapsed,
             float(is_timed),
         ]
-        sums = torch.cat([self._loss_sum, self._loss_sum.new_tensor(times)])
+        sums = torch.cat([self._loss_sum[None], self._loss_sum.new_tensor([float(self._loss_samples), *times])])
         loss_sum, num_samples, *averages = self.ranks.sum_(sums).tolist()
         extra, norms, typical, elapsed, timed = (value / self.ranks.size for value in averages)
         cost = MeasurementCost(extra, norms, typical, elapsed) if timed == 1 else None
         self._loss_sum.zero_()
+        self._loss_samples = 0
         self._step_seconds.clear()
         self._reported_step = self.optimizer_step
         validation_loss, self._validation_loss = self._validation_loss, None

@@ -46,9 +46,21 @@ def test_a_steady_run_never_spends_more_than_its_budget(budget: float, step_seco
 
 def test_a_dear_measurement_is_remembered_for_three() -> None:
     ledger = MeasurementLedger(0.5)
-    waits = [ledger.settle(MeasurementCost(cost, 0.0, 1.0, 100.0)) for cost in (50.0, 1.0, 1.0, 1.0)]
-    assert waits[0] > 1
-    assert ledger.recent == [1.0, 1.0, 1.0]
+    costs = (40.0, 1.0, 1.0, 1.0)
+    waits = [ledger.settle(MeasurementCost(cost, 0.0, 1.0, 100.0)) for cost in costs]
+    # At one half, a measurement of c seconds needs c seconds of other work: 40 for three times, then 1.
+    assert waits == [40, 40, 40, 1]
+
+
+def test_the_first_measurement_is_not_judged_by_and_then_the_cheapest_of_three_is() -> None:
+    ledger = MeasurementLedger(0.5)
+    first, slow, quick = (MeasurementCost(seconds, 0.1, 1.0, 100.0) for seconds in (9.0, 5.0, 2.0))
+    ledger.settle(first)
+    assert ledger.typical is None
+    ledger.settle(slow)
+    assert ledger.typical == slow
+    ledger.settle(quick)
+    assert ledger.typical == quick
 
 
 def test_the_ledger_goes_on_after_a_checkpoint() -> None:
@@ -62,17 +74,15 @@ def test_the_ledger_goes_on_after_a_checkpoint() -> None:
 @pytest.mark.parametrize("rest", [0.1, 1.0, 4.0, 9.0, 30.0])
 def test_the_number_of_patterns_is_the_cheapest_way_to_a_small_error(rest: float) -> None:
     per_pattern = 1.0
-    cost = MeasurementCost(
-        extra_seconds=rest + 3 * per_pattern, norm_seconds=3 * per_pattern, step_seconds=1.0, elapsed_seconds=1.0
-    )
-    chosen = best_num_patterns(cost, num_patterns=3, available=20)
+    cost = MeasurementCost(rest + 3 * per_pattern, 3 * per_pattern, 1.0, 1.0, num_patterns=3)
+    chosen = best_num_patterns(cost, available=20)
 
     def price(number: int) -> float:
         return (1 + 1 / number) * (rest + number * per_pattern)
 
     best = min(range(1, 21), key=price)
     assert price(chosen) <= 1.02 * price(best)
-    assert best_num_patterns(cost, num_patterns=3, available=1) == 1
+    assert best_num_patterns(cost, available=1) == 1
 
 
 def test_layers_are_left_out_only_as_far_as_the_longest_interval_needs() -> None:
@@ -81,6 +91,8 @@ def test_layers_are_left_out_only_as_far_as_the_longest_interval_needs() -> None
     assert affordable_layer_share(cheap, budget=0.01, present_share=1.0) == 1.0
     dear = MeasurementCost(extra_seconds=6.5, norm_seconds=6.0, step_seconds=step, elapsed_seconds=1.0)
     assert affordable_layer_share(dear, budget=0.01, present_share=1.0) == 0.25  # 0.5 + 6/4 = 2
+    not_the_norms = MeasurementCost(extra_seconds=3.0, norm_seconds=0.01, step_seconds=step, elapsed_seconds=1.0)
+    assert affordable_layer_share(not_the_norms, budget=0.01, present_share=1.0) == 1.0
     hopeless = MeasurementCost(extra_seconds=1e3, norm_seconds=1e3, step_seconds=step, elapsed_seconds=1.0)
     assert affordable_layer_share(hopeless, budget=0.01, present_share=1.0) == SMALLEST_LAYER_SHARE
     assert affordable_layer_share(cheap, budget=0.01, present_share=0.25) == 0.25  # never grows

@@ -87,7 +87,7 @@ class DdpCapture:
         tally.count(num_samples=num_samples, loss_factor=loss_factor)
 
     def finish(self, losses: Tensor) -> CapturedStep:
-        """Collectives, in this order: counts; the sum where gradients are low precision; signed; spreads; Grams."""
+        """Collectives, in this order: counts; signed; the mean where gradients are low precision; spreads; Grams."""
         size, ranks = self._layout.data_parallel.size, self._layout.ranks
         seen = self._signed.flat if self._signed is not None else self._spread.mean.flat if self._spread else losses
         fingerprint = torch.stack([seen.abs().sum(dtype=torch.float64), seen.square().sum(dtype=torch.float64)])

@@ -26,16 +26,10 @@ MOMENTUM_KEYS = {
     "SGD": "momentum_buffer",
     "Adam": "exp_avg",
     "AdamW": "exp_avg",
-    "NAdam": "exp_avg",
     "RAdam": "exp_avg",
     "Lion": "exp_avg",
 }
 """Optimizer class -> where its state keeps m. torch.optim.Muon keeps it under "momentum_buffer"."""
-
-
-def knows_direction(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `direction_of` knows this optimizer."""
-    return type(optimizer).__name__ in MOMENTUM_KEYS
 
 
 def direction_of(optimizer: torch.optim.Optimizer, param_group: dict[str, Any], parameter: Tensor) -> Direction:

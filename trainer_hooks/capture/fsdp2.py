@@ -76,6 +76,7 @@ class Fsdp2Capture:
         with self._seam.opened(num_samples, loss_factor, gradient_scale) if self._seam else _nothing():
             yield
         if ends_stretch and self._signed is not None:
+            self._wait_for_reductions()
             now, then = dealing.signs(rank=0, chunk=chunk), dealing.signs(rank=0, chunk=following)
             self._add_gradients([a - b for a, b in zip(now, then, strict=True)], scale=1 / gradient_scale)
         tally.count(num_samples=num_samples, loss_factor=loss_factor)
@@ -107,6 +108,14 @@ class Fsdp2Capture:
             covariance=partial(seam.covariance, num_groups=groups) if seam is not None and complete else None,
             is_incomplete=seam is not None and not complete,
         )
+
+    def _wait_for_reductions(self) -> None:
+        """On a GPU gradients are reduced on other streams; torch waits for them after the last backward only."""
+        if self._blocks and self._blocks[0].is_cuda:
+            for module in self._layout.sharded_modules:
+                for group in parameter_groups_of(module):
+                    if group._post_reduce_event is not None:
+                        torch.cuda.current_stream().wait_event(group._post_reduce_event)
 
     def _add_gradients(self, weights: Sequence[float], *, scale: float) -> None:
         assert self._signed is not None
@@ -279,8 +288,8 @@ def check_spread_seam(parameters: Sequence[Tensor], spectral: Sequence[bool], la
     """rank_variance under FSDP2: what it cannot do is said at attach.
 
     Raises:
-        InvalidInputError: shards of one rank, parameters sharded along another dimension than the first, a half
-            precision reduction, several parameter groups in one call, or matrices that are tensor parallel too.
+        InvalidInputError: shards of one rank, parameters sharded along another dimension than the first, a reduction
+            in float16 or float64, several parameter groups in one call, or matrices that are tensor parallel too.
     """
     reasons = []
     for module in layout.sharded_modules:
@@ -290,8 +299,8 @@ def check_spread_seam(parameters: Sequence[Tensor], spectral: Sequence[bool], la
                 reasons.append("a fully_shard call with several parameter groups")
             if getattr(group.mesh_info, "shard_mesh_size", 1) < 2:
                 reasons.append("shards of a single rank")
-            if torch.float16 in (group.mp_policy.reduce_dtype, group.mp_policy.param_dtype):
-                reasons.append("float16, whose gradients are divided in two places")
+            if any(_reduce_dtype(group, found) not in (torch.float32, torch.bfloat16) for found in group.fsdp_params):
+                reasons.append("a reduction in float16 or float64, which torch divides in two places")
             if any(getattr(found.fsdp_placement, "dim", 0) != 0 for found in group.fsdp_params):
                 reasons.append("parameters sharded along another dimension than the first")
     if layout.model_parallel_size > 1 and any(spectral):
@@ -303,6 +312,12 @@ def check_spread_seam(parameters: Sequence[Tensor], spectral: Sequence[bool], la
             f"the rank_variance estimator is not available with {' and '.join(dict.fromkeys(reasons))}; "
             "use estimators=['split'], which is."
         )
+
+
+def _reduce_dtype(group: Any, found: Any) -> torch.dtype:
+    policy = group.mp_policy
+    dtype: torch.dtype = policy.reduce_dtype or policy.param_dtype or found.sharded_param.dtype
+    return dtype
 
 
 def _trained(group: Any) -> list[Any]:

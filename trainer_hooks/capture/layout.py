@@ -68,6 +68,8 @@ def find_layout(model: nn.Module, process_group: Any = None) -> Layout:
             )
         ranks = RankGroup.find(device, process_group or model.process_group)
         return Layout("DDP", ranks, DataParallel(ranks.rank, ranks.size), 1, ())
+    if meshes and process_group is not None:
+        raise InvalidInputError("process_group is for DistributedDataParallel; a sharded model's mesh says who is who.")
     if not meshes:
         ranks = RankGroup.find(device, process_group)
         if ranks.size > 1:

@@ -70,7 +70,7 @@ class _Cell:
         combined = mean.clone()
         for s, tensor in zip(self._signs, signed, strict=False):
             combined.add_(tensor, alpha=s)
-        return combined.mul_(self._scale)
+        return _zero_where_rounding(combined, mean).mul_(self._scale)
 
     def rest(self, mean: Tensor, gradient: Tensor) -> Tensor:
         """The mean gradient of all other samples."""
@@ -133,16 +133,16 @@ class GroupReader:
         sums = torch.zeros(len(self.groups), columns.width, dtype=torch.float64, device=self._layout.ranks.device)
         directions = self._directions() if "update" in self.measured.directions else None
         fill = partial(columns.fill, counts=counts, norms=self.measured.spectral_norms)
-        readable = counts.has_halves if captured.signed else counts.num_spread_groups >= 2
+        readable = columns.width > 0 and (counts.has_halves if captured.signed else counts.num_spread_groups >= 2)
+        whole = self._gather(captured, directions)
         if readable:
-            for index, row in enumerate(self._group_of):
-                if not self.spectral[index] and self.owners.counts_here(index):
-                    direction = directions[index] if directions else None
-                    variance = captured.variance(index) if captured.variance else None
-                    signed = [pattern[index] for pattern in captured.signed]
-                    for part in _parts(captured.mean[index], signed, direction, variance):
-                        sums[row] += fill(self._geometries[index], *part)
-        self._add_matrices(sums, fill if readable else None, captured, directions)
+            try:
+                self._add_entries(sums, fill, captured, directions)
+                self._add_matrices(sums, fill, whole, captured, directions)
+            except Exception:
+                # Out of memory, a decomposition that failed: the other ranks wait in the sum below.
+                logger.exception("norms failed, this reading is NaN: rank=%d", self._layout.ranks.rank)
+                sums.fill_(torch.nan)
         self._layout.ranks.sum_(sums)
         if not readable or counts.num_misweighted or counts.same_samples:
             return []
@@ -152,15 +152,26 @@ class GroupReader:
             for reading in columns.readings(row, group, counts)
         ]
 
-    def _add_matrices(
+    def _add_entries(
         self,
         sums: Tensor,
-        fill: Callable[..., Tensor] | None,
+        fill: Callable[..., Tensor],
         captured: CapturedStep,
         directions: Sequence[Direction] | None,
     ) -> None:
+        for index, row in enumerate(self._group_of):
+            if self.spectral[index] or not self.owners.counts_here(index):
+                continue
+            direction = directions[index] if directions else None
+            variance = captured.variance(index) if captured.variance else None
+            signed = [pattern[index] for pattern in captured.signed]
+            for part in _parts(captured.mean[index], signed, direction, variance):
+                sums[row] += fill(self._geometries[index], *part)
+
+    def _gather(self, captured: CapturedStep, directions: Sequence[Direction] | None) -> dict[int, list[Tensor]]:
+        """Every quantity's whole matrices, on their owners. A collective where parameters are sharded."""
         if not any(self.spectral):
-            return
+            return {}
         quantities: list[Sequence[Tensor]] = [captured.mean, *captured.signed]
         if directions is not None:
             momenta = [
@@ -168,9 +179,16 @@ class GroupReader:
                 for found, mean in zip(directions, captured.mean, strict=True)
             ]
             quantities.append(momenta)
-        whole = self.owners.gather(quantities)
-        if fill is None:
-            return
+        return self.owners.gather(quantities)
+
+    def _add_matrices(
+        self,
+        sums: Tensor,
+        fill: Callable[..., Tensor],
+        whole: dict[int, list[Tensor]],
+        captured: CapturedStep,
+        directions: Sequence[Direction] | None,
+    ) -> None:
         batches: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
         for index in whole:
             batches[self._group_of[index], tuple(self.parameters[index].shape)].append(index)
@@ -252,13 +270,9 @@ class _Columns:
         sums = partial(self._sums, geometry, mean, signed, direction, spread, counts, norms)
         if geometry != "spectral" or (norms != "exact" and spread is None):
             return sums()
-        # LAPACK refuses NaN and may fail on a finite matrix; no other rank may be left waiting for that.
         if all(bool(tensor.isfinite().all()) for tensor in (mean, *signed)):
-            try:
-                return sums()
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch hides it from type checkers
-                logger.warning("a decomposition failed, this reading is NaN: shape=%s", tuple(mean.shape))
-        return torch.full((self.width,), torch.nan, dtype=torch.float64, device=mean.device)
+            return sums()
+        return torch.full((self.width,), torch.nan, dtype=torch.float64, device=mean.device)  # LAPACK refuses NaN
 
     def _sums(
         self,
@@ -280,7 +294,9 @@ class _Columns:
                     continue
                 assert direction is not None
                 fresh = direction.gradient_weight
-                past = 0.0 if direction.momentum is None else direction.momentum_weight * direction.momentum
+                past: Tensor | float = 0.0
+                if direction.momentum is not None:
+                    past = direction.momentum_weight * direction.momentum.to(mean.dtype)
                 parts.append(
                     SPLIT_SUMS[geometry](
                         past + fresh * half_a,
@@ -372,9 +388,12 @@ def _sum_or_zero(left: Tensor, right: Tensor) -> Tensor:
 
     An embedding row or an expert that one half never saw has mean = +-signed, up to the order of summation.
     """
-    total = left + right
-    rounding = 8 * torch.finfo(total.dtype).eps
-    return total.masked_fill_(total.abs() <= rounding * left.abs(), 0.0)
+    return _zero_where_rounding(left + right, left)
+
+
+def _zero_where_rounding(total: Tensor, term: Tensor) -> Tensor:
+    rounding = 16 * torch.finfo(total.dtype).eps
+    return total.masked_fill_(total.abs() <= rounding * term.abs(), 0.0)
 
 
 def _split_fields(patterns: Tensor, geometry: Geometry, direction: DirectionName, counts: Counts) -> dict[str, Any]:

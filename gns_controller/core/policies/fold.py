@@ -167,7 +167,8 @@ def followed_readings(config: PolicyConfig, measurement: NoiseScaleMeasurement) 
             break
     if not found or config.aggregation in ("matrices_only", "max"):
         return found
-    name = config.aggregation if config.geometry is None else f"{config.aggregation} of {config.geometry}"
+    # With the parts' names: where another set of layers is measured, averages start again.
+    name = f"{config.aggregation}: {' + '.join(reading.group for reading in found)}"[:200]
     if config.aggregation == "sum_of_norms":
         return [summed(found, group=name)]
     weighted = weighted_by_learning_rate(found, group=name)
