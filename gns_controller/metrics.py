@@ -81,6 +81,11 @@ RUN_METRICS = (
     _RunMetric("gns_run_budget_samples", "Samples after which the run ends.", lambda run: run.budget_samples),
     _RunMetric("gns_step_seconds", "Median time of an unmeasured step.", _of_measurement(lambda m: m.step_seconds)),
     _RunMetric(
+        "gns_measurement_seconds",
+        "What the last measured step cost beyond an unmeasured one.",
+        _of_measurement(lambda m: m.measurement_seconds),
+    ),
+    _RunMetric(
         "gns_samples_per_second", "Training throughput, all ranks.", _of_measurement(lambda m: m.samples_per_second)
     ),
     _RunMetric(

@@ -137,6 +137,7 @@ class AdaptiveBatch:
         directions: Sequence[Direction] | None = None,
         spectral_norms: SpectralNorms | None = None,
         progress_curve: bool = False,
+        background_eigenvalues: bool = False,
         geometries: Mapping[str, Geometry] | None = None,
         exclude: str = DEFAULT_EXCLUDE,
         min_sample_groups: int = 2,
@@ -181,6 +182,8 @@ class AdaptiveBatch:
             spectral_norms: "exact" (eigenvalues in float64) or "polar_express" (matrix products alone; low by less than
                 0.1 % on ordinary layers). Default: polar_express on CUDA, exact elsewhere: neither is faster there.
             progress_curve: also measure progress at quarters, eighths, ... of the batch, as far as sign patterns go.
+            background_eigenvalues: rank_variance of matrices takes its eigenvalues on the CPU, in a thread, while
+                training goes on; its readings come one measurement late.
             geometries: optimizer class name -> geometry, for optimizers we do not know.
             exclude: regular expression; parameters whose name it finds are not measured beside a spectral group.
                 Default: embeddings and heads.
@@ -238,6 +241,7 @@ class AdaptiveBatch:
                 directions=tuple(dict.fromkeys(directions or [policy.direction])),
                 spectral_norms=spectral_norms or ("polar_express" if layout.ranks.device.type == "cuda" else "exact"),
                 progress_curve=progress_curve,
+                background=background_eigenvalues,
             ),
             interval=measurement_interval,
             budget=measurement_budget,

@@ -184,7 +184,7 @@ class GroupReading(FrozenModel):
 
     @property
     def signal_sq_bracket(self) -> tuple[float, float] | None:
-        """split: max(progress, 0)^2 and signal^2, in the mean below and above ||grad L||_*^2."""
+        """split: max(progress, 0)^2 and signal^2; E progress <= ||grad L||_* <= E signal."""
         if self.progress is None:
             return None
         low = max(self.progress, 0.0)

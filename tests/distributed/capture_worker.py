@@ -134,7 +134,7 @@ def run_case(name: str, case: dict[str, Any]) -> None:
         global_batch_size=case["batch"],
         micro_batch_size=case["micro"],
         budget_samples=4 * case["batch"],
-        policy=HoldPolicyConfig(estimator=case["estimators"][0]),
+        policy=HoldPolicyConfig(estimator=case["estimators"][0], direction=case.get("directions", ["gradient"])[0]),
         measurement_interval=Span(steps=2),
         estimators=case["estimators"],
         directions=case.get("directions", ["gradient"]),

@@ -365,3 +365,33 @@ def test_the_self_test_leaves_the_model_as_it_was(caplog: pytest.LogCaptureFixtu
     compiled = torch.compile(nn.Linear(8, 1, bias=False), backend="eager")
     attach(compiled, optimizer=Signum(compiled.parameters()))  # type: ignore[arg-type,attr-defined]
     assert "self-test" not in caplog.text
+
+
+def test_eigenvalues_in_the_background_are_the_same_numbers_one_measurement_late() -> None:
+    found: dict[bool, list[Any]] = {}
+    for background in (False, True):
+        session = attach(
+            deep_network(),
+            policy=HoldPolicyConfig(estimator="rank_variance"),
+            estimators=["split", "rank_variance"],
+            measurement_interval=Span(steps=1),
+            min_sample_groups=4,
+            background_eigenvalues=background,
+        )
+        readings = []
+        for step in session.steps(Rows()):
+            for rows in step:
+                step.backward(loss_of(session.model, rows))
+            step.apply()
+            readings.append({reading.estimator: reading for reading in session.last_readings})
+            if session.optimizer_step == 4:
+                break
+        found[background] = readings
+    now, late = found[False], found[True]
+    assert "rank_variance" not in late[0]
+    for step in range(1, 4):
+        # Eigenvalues one by one instead of in a batch: the last bits differ.
+        delayed, prompt = late[step]["rank_variance"], now[step - 1]["rank_variance"]
+        assert delayed.noise == pytest.approx(prompt.noise, rel=1e-12)
+        assert delayed.model_copy(update={"noise": prompt.noise}) == prompt
+        assert late[step]["split"] == now[step]["split"]

@@ -10,9 +10,10 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from gns_controller.core.contract import Direction as DirectionName
 from gns_controller.core.contract import Estimator, Geometry, GroupReading, ProgressPoint
 from trainer_hooks.capture.directions import Direction, direction_of
 from trainer_hooks.capture.groups import MeasuredGroup
+from trainer_hooks.capture.late import LateTraces
 from trainer_hooks.capture.layout import Layout
 from trainer_hooks.capture.owners import Owners
 from trainer_hooks.capture.step import CapturedStep, Counts, Dealing
@@ -51,6 +53,8 @@ class Measured:
     directions: tuple[DirectionName, ...] = ("gradient",)
     spectral_norms: SpectralNorms = "exact"
     progress_curve: bool = False
+    background: bool = False
+    """rank_variance of matrices: eigenvalues in a thread on the CPU, one measurement late."""
 
 
 class _Cell:
@@ -110,6 +114,8 @@ class GroupReader:
         self._group_of = [row for row, group in enumerate(groups) for _ in group.parameters]
         self._layout = layout
         self.owners = Owners(self.parameters, self._geometries, layout)
+        self._late = LateTraces() if measured.background and any(self.spectral) else None
+        self._pending: _Pending | None = None
         self._optimizer_of: dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]] = {
             id(parameter): (optimizer, param_group)
             for optimizer in optimizers
@@ -123,7 +129,8 @@ class GroupReader:
     def read(self, captured: CapturedStep) -> list[GroupReading]:
         """Readings of one step, equal on every rank; none where there are no two halves or losses are misweighted.
 
-        Collectives: the gathering of sharded matrices, then one sum of a few numbers per group.
+        Collectives: the gathering of sharded matrices, then one sum of a few numbers per group, and one of the late
+        eigenvalues if there are any.
         """
         counts = captured.counts
         levels: list[list[_Cell]] = []
@@ -135,21 +142,43 @@ class GroupReader:
         fill = partial(columns.fill, counts=counts, norms=self.measured.spectral_norms)
         readable = columns.width > 0 and (counts.has_halves if captured.signed else counts.num_spread_groups >= 2)
         whole = self._gather(captured, directions)
+        covariances: list[tuple[int, Tensor]] = []
         if readable:
             try:
                 self._add_entries(sums, fill, captured, directions)
-                self._add_matrices(sums, fill, whole, captured, directions)
+                covariances = self._add_matrices(sums, fill, whole, captured, directions)
             except Exception:
                 # Out of memory, a decomposition that failed: the other ranks wait in the sum below.
                 logger.exception("norms failed, this reading is NaN: rank=%d", self._layout.ranks.rank)
                 sums.fill_(torch.nan)
         self._layout.ranks.sum_(sums)
+        late = self._fetch_late()
         if not readable or counts.num_misweighted or counts.same_samples:
+            return late
+        found = sums.cpu()
+        readings = [
+            reading
+            for row, group in zip(found, self.groups, strict=True)
+            for reading in columns.readings(row, group, counts)
+        ]
+        if self._late is None or captured.covariance is None:
+            return readings
+        traces = self._late.start(covariances, num_rows=len(self.groups))
+        self._pending = _Pending(traces, found, columns, counts)
+        return [reading for reading in readings if not _is_late(reading)] + late
+
+    def _fetch_late(self) -> list[GroupReading]:
+        """What the measured step before this one left to the thread. All ranks have left something, or none."""
+        pending, self._pending = self._pending, None
+        if pending is None:
             return []
+        traces = self._layout.ranks.sum_(pending.traces.result().to(self._layout.ranks.device)).cpu()
+        pending.sums[:, -NUM_SPREAD_SUMS] += traces
         return [
             reading
-            for row, group in zip(sums.cpu(), self.groups, strict=True)
-            for reading in columns.readings(row, group, counts)
+            for row, group in zip(pending.sums, self.groups, strict=True)
+            for reading in pending.columns.readings(row, group, pending.counts)
+            if _is_late(reading)
         ]
 
     def _add_entries(
@@ -188,7 +217,9 @@ class GroupReader:
         whole: dict[int, list[Tensor]],
         captured: CapturedStep,
         directions: Sequence[Direction] | None,
-    ) -> None:
+    ) -> list[tuple[int, Tensor]]:
+        """Sums of the owned matrices; returns the covariances whose eigenvalues are left to the background."""
+        covariances: list[tuple[int, Tensor]] = []
         batches: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
         for index in whole:
             batches[self._group_of[index], tuple(self.parameters[index].shape)].append(index)
@@ -201,12 +232,28 @@ class GroupReader:
                 if directions is not None:
                     direction = _stacked([directions[i] for i in chosen], rest.pop())
                 covariance = None
-                if captured.covariance is not None:
+                if captured.covariance is not None and self._late is not None:
+                    covariances += [(row, captured.covariance(index)) for index in chosen]
+                elif captured.covariance is not None:
                     covariance = torch.stack([captured.covariance(index) for index in chosen])
                 sums[row] += fill("spectral", mean, rest, direction, covariance)
+        return covariances
 
     def _directions(self) -> list[Direction]:
         return [direction_of(*self._optimizer_of[id(parameter)], parameter) for parameter in self.parameters]
+
+
+class _Pending(NamedTuple):
+    """A measured step whose eigenvalues are being computed."""
+
+    traces: Future[Tensor]
+    sums: Tensor
+    columns: _Columns
+    counts: Counts
+
+
+def _is_late(reading: GroupReading) -> bool:
+    return reading.estimator == "rank_variance" and reading.geometry == "spectral"
 
 
 def _parts(
@@ -312,6 +359,10 @@ class _Columns:
                 grad = cell.gradient(mean, signed)
                 parts.append(PROGRESS_SUMS[geometry](grad, cell.rest(mean, grad), **options))
         if self._has_spread:
+            if geometry == "spectral" and spread is None:  # the other sum comes from the background
+                signal = spectral.nuclear_norm(mean, norms=norms)
+                parts.append(torch.stack([torch.zeros_like(signal), signal]))
+                return torch.cat(parts)
             assert spread is not None
             if geometry == "spectral":
                 parts.append(spectral.spread_sums(mean, spread, norms=norms))

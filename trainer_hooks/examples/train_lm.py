@@ -20,10 +20,12 @@ import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gns_controller.core.contract import Decision, Span
-from gns_controller.core.errors import GnsError
+from gns_controller.core.errors import GnsError, InvalidInputError
 from gns_controller.core.policies import AnyPolicyConfig
 from trainer_hooks import AdaptiveBatch, warmup_cosine
 from trainer_hooks.examples.corpus import ByteSequences, read_standard_library
@@ -52,6 +54,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--policy", default='{"policy": "hold"}', help="policy as JSON, or the path of a JSON file")
     add("--measurement-interval-steps", type=int, default=None, help="optimizer steps between measurements")
     add("--measurement-interval-samples", type=int, default=None, help="samples between measurements; default 400")
+    add(
+        "--measurement-budget",
+        type=float,
+        default=None,
+        help="largest share of the time that measuring may take; without an interval the interval follows from it",
+    )
+    add("--num-sign-patterns", type=int, default=None, help="pairs of halves per measurement; default: 1")
     add("--estimators", default=None, help="comma-separated: split, rank_variance; default: the policy's")
     add("--min-sample-groups", type=int, default=4, help="micro-batches of a measured step, over all ranks, at least")
     add("--coupling", choices=["sqrt", "linear", "none"], default="sqrt", help="learning rate against batch")
@@ -62,6 +71,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--clip", type=float, default=None, help="largest gradient norm; default: none")
     add("--seed", type=int, default=0, help="of weights and of the order of samples")
     add("--compile", action="store_true", help="torch.compile the model")
+    add("--fully-shard", action="store_true", help="FSDP2 instead of DDP; adamw or signum, no checkpoints")
     add("--shadow", action="store_true", help="report and record decisions, change nothing")
     add("--evaluations", type=int, default=40, help="validation points over the run")
     add("--validation-samples", type=int, default=1024, help="fixed windows behind each validation loss")
@@ -84,6 +94,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     if options.measurement_interval_steps and options.measurement_interval_samples:
         parser.error("give --measurement-interval-steps or --measurement-interval-samples, not both.")
+    if options.fully_shard and options.optimizer == "muon":
+        parser.error("--fully-shard needs --optimizer adamw or signum: this Muon takes whole matrices.")
+    if options.fully_shard and options.checkpoint:
+        parser.error("--fully-shard does not write checkpoints in this example.")
     return options
 
 
@@ -120,11 +134,19 @@ class Job:
         config = LlamaConfig(
             width=options.width, num_layers=options.layers, num_heads=options.heads, context=options.context
         )
-        model: nn.Module = Llama(config).to(self.device)
+        llama = Llama(config).to(self.device)
+        model: nn.Module = llama
         self.learning_rate = options.learning_rate or DEFAULT_LEARNING_RATES[options.optimizer]
+        if options.fully_shard:
+            if not dist.is_initialized():
+                raise InvalidInputError("--fully-shard needs torchrun, with one process or more.")
+            mesh = init_device_mesh(self.device.type, (self.world_size,))
+            for block in llama.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
         self.optimizers = build_optimizers(model, options.optimizer, self.learning_rate)
-        self.plain_model = model
-        if self.world_size > 1:
+        self.plain_model: nn.Module = model
+        if self.world_size > 1 and not options.fully_shard:
             model = DistributedDataParallel(model)
         self.model = torch.compile(model) if options.compile else model
         self.ddp_model = model
@@ -148,9 +170,10 @@ class Job:
 
     def _attach(self, checkpoint: dict[str, Any] | None) -> AdaptiveBatch:
         options = self.options
+        interval: Span | None = None
         if options.measurement_interval_steps:
             interval = Span(steps=options.measurement_interval_steps)
-        else:
+        elif options.measurement_interval_samples or options.measurement_budget is None:
             interval = Span(samples=options.measurement_interval_samples or 400)
         if checkpoint:
             self.plain_model.load_state_dict(checkpoint["model"])
@@ -166,6 +189,8 @@ class Job:
             budget_samples=options.budget_samples,
             policy=read_policy(options.policy),
             measurement_interval=interval,
+            measurement_budget=options.measurement_budget,
+            num_sign_patterns=options.num_sign_patterns,
             estimators=options.estimators.split(",") if options.estimators else None,
             min_sample_groups=options.min_sample_groups,
             learning_rate_coupling=options.coupling,
@@ -212,6 +237,7 @@ class Job:
             samples=session.samples_seen,
             training_seconds=self.training_seconds,
             seconds=time.perf_counter() - self.started_at,
+            measurement_share=session.measurement_share,
         )
 
     def _evaluate(self, train_loss: float) -> None:
