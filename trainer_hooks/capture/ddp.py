@@ -90,7 +90,7 @@ class DdpCapture:
         """Collectives, in this order: counts; signed; the mean where gradients are low precision; spreads; Grams."""
         size, ranks = self._layout.data_parallel.size, self._layout.ranks
         seen = self._signed.flat if self._signed is not None else self._spread.mean.flat if self._spread else losses
-        fingerprint = torch.stack([seen.abs().sum(dtype=torch.float64), seen.square().sum(dtype=torch.float64)])
+        fingerprint = torch.stack([torch.linalg.vector_norm(seen, ord=order) for order in (1, 2)]).double()
         counts = self._tally.reduce(seen_apart_in_time_only=False, fingerprint=fingerprint)
         if self._signed is not None and size > 1:
             ranks.sum_(self._signed.flat).div_(size)
