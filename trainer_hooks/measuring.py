@@ -82,7 +82,7 @@ class Measuring:
         self._micro_batch_size = micro_batch_size
         self.layer_share = 1.0
         self._reader = GroupReader(groups, optimizers, layout, measured)
-        if layout.averages_in_backward and "rank_variance" in measured.estimators:
+        if "rank_variance" in measured.estimators:
             check_spread_seam(self._reader.parameters, self._reader.spectral, layout)
         self._capture: GradientCapture | None = None
         self._losses = torch.zeros(2, dtype=torch.float64, device=layout.ranks.device)

@@ -375,6 +375,9 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     resolved = [row for row in split if (1 - row["unresolved"]) * TRIALS >= MIN_RESOLVED_TRIALS]
     return {
         "split_worst_resolved_error": max(abs(row["median"] - 1) for row in resolved),
+        "split_worst_error_mostly_resolved": max(abs(r["median"] - 1) for r in resolved if r["unresolved"] <= 0.5),
+        "split_worst_error_never_flagged": max(abs(r["median"] - 1) for r in resolved if r["unresolved"] == 0),
+        "split_share_of_cases_within_10_percent": sum(abs(r["median"] - 1) <= 0.1 for r in resolved) / len(resolved),
         "split_unresolved_share": statistics.mean(row["unresolved"] for row in split),
         "published_worst_ratio": min(row["median"] for row in inside if row["estimator"] == "rank_variance"),
     }

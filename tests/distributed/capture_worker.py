@@ -88,6 +88,9 @@ def wrapped(model: Model, case: dict[str, Any]) -> nn.Module:
         mesh = init_device_mesh("cpu", (size,))
     elif layout == "hsdp":
         mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
+    elif layout == "tp-alone":
+        mesh = init_device_mesh("cpu", (size,))
+        return parallelize_module(model, mesh, {"wide": ColwiseParallel(), "tall": RowwiseParallel()})
     else:
         both = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("data", "tensor"))
         plan = {"wide": ColwiseParallel(), "tall": RowwiseParallel()}

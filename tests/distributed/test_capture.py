@@ -120,12 +120,20 @@ def test_a_tensor_parallel_axis_beside_data_parallel_changes_nothing(num_ranks: 
 
 
 @pytest.mark.distributed
+def test_tensor_parallel_without_data_parallel_measures_its_micro_batches() -> None:
+    chosen = ("accumulated", "patterns", "update")
+    cases = {name: {**SHARDED[name], "layout": "tp-alone", "estimators": ["split"]} for name in chosen}
+    cases["signum"] = {**SHARDED["signum"], "layout": "tp-alone"}
+    run(cases, num_ranks=2)
+
+
+@pytest.mark.distributed
 @pytest.mark.slow
 def test_every_layout_reads_the_same_number_from_the_same_samples() -> None:
     # Four data-parallel ranks, four micro-batches each, halves split in time everywhere.
     case = {"optimizer": "stand-in", "batch": 64, "micro": 4, "estimators": BOTH}
     found = {layout: run({"same": {**case, "layout": layout}}, num_ranks=4) for layout in ("ddp", "fsdp2", "hsdp")}
-    assert [len(lines) for lines in found.values()] == [8, 8, 8]
+    assert [len(lines) for lines in found.values()] == [12, 12, 12]
     for layout in ("fsdp2", "hsdp"):
         for line, other in zip(found["ddp"], found[layout], strict=True):
             scale = max(line["measured"][:2])

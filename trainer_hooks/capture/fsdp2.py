@@ -285,7 +285,7 @@ class _Seam:
 
 
 def check_spread_seam(parameters: Sequence[Tensor], spectral: Sequence[bool], layout: Layout) -> None:
-    """rank_variance under FSDP2: what it cannot do is said at attach.
+    """rank_variance on sharded parameters: what it cannot do is said at attach.
 
     Raises:
         InvalidInputError: shards of one rank, parameters sharded along another dimension than the first, a reduction
@@ -305,7 +305,7 @@ def check_spread_seam(parameters: Sequence[Tensor], spectral: Sequence[bool], la
                 reasons.append("parameters sharded along another dimension than the first")
     if layout.model_parallel_size > 1 and any(spectral):
         reasons.append("tensor-parallel matrices")
-    if any(not isinstance(parameter, DTensor) for parameter in parameters):
+    if layout.averages_in_backward and any(not isinstance(parameter, DTensor) for parameter in parameters):
         reasons.append("parameters that fully_shard does not manage")
     if reasons:
         raise InvalidInputError(
