@@ -40,6 +40,7 @@ class Method:
     learning_rate: float
     policy: AnyPolicyConfig
     interval_steps: int = PUBLISHED_INTERVAL_STEPS
+    num_sign_patterns: int = 1
 
     def arguments(self) -> list[str]:
         """For the example job."""
@@ -49,6 +50,7 @@ class Method:
             *("--policy", json.dumps(self.policy.model_dump(mode="json"))),
             *("--measurement-interval-steps", str(self.interval_steps)),
             *("--min-sample-groups", "4"),
+            *("--num-sign-patterns", str(self.num_sign_patterns)),
         ]
 
 
@@ -70,7 +72,15 @@ def closed_methods(optimizer: str, *, budget_samples: int) -> list[Method]:
         Method("constant", f"constant {START_BATCH}", START_BATCH, rate, constant),
         Method("constant4x", f"constant {4 * START_BATCH} (lr x2)", 4 * START_BATCH, 2 * rate, constant),
         Method("published", f"published rule (theta {PUBLISHED_THETA:g})", START_BATCH, rate, published),
-        Method("split", f"split rule (theta {SPLIT_THETA:g})", START_BATCH, rate, split, SPLIT_INTERVAL_STEPS),
+        Method(
+            "split",
+            f"split rule (theta {SPLIT_THETA:g})",
+            START_BATCH,
+            rate,
+            split,
+            SPLIT_INTERVAL_STEPS,
+            num_sign_patterns=3,
+        ),
     ]
 
 
