@@ -7,6 +7,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from gns_controller.core.errors import InvalidInputError
 
@@ -51,18 +52,23 @@ class Signum(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            if not params:
-                continue
-            directions: list[Tensor] = [param.grad for param in params]
-            if group["momentum"] > 0:
-                momenta = [_momentum(self.state[param], param) for param in params]
-                torch._foreach_lerp_(momenta, directions, 1 - group["momentum"])
-                directions = momenta
-            if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, torch._foreach_sign(directions), alpha=-group["lr"])
+            params: list[Tensor] = [param for param in group["params"] if param.grad is not None]
+            # One foreach operation takes plain tensors or DTensors; a tensor-parallel plan leaves both in a model.
+            for is_sharded in (False, True):
+                alike = [param for param in params if isinstance(param, DTensor) is is_sharded]
+                if alike:
+                    self._step_together(alike, group)
         return loss
+
+    def _step_together(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        directions: list[Tensor] = [param.grad for param in params if param.grad is not None]
+        if group["momentum"] > 0:
+            momenta = [_momentum(self.state[param], param) for param in params]
+            torch._foreach_lerp_(momenta, directions, 1 - group["momentum"])
+            directions = momenta
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, torch._foreach_sign(directions), alpha=-group["lr"])
 
 
 def _momentum(state: dict[str, Any], param: Tensor) -> Tensor:
