@@ -86,7 +86,7 @@ def run(cases: dict[str, dict[str, Any]], num_ranks: int) -> list[dict[str, Any]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_replicated_ranks_measure_what_the_reference_says_of_gathered_gradients(num_ranks: int) -> None:
     cases = {name: case for name, case in DDP.items() if name != "muon-compiled" or num_ranks == 2}
     lines = run(cases, num_ranks)
@@ -111,7 +111,8 @@ def test_hsdp_measures_what_the_reference_says_of_gathered_gradients() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_tensor_parallel_axis_beside_data_parallel_changes_nothing(num_ranks: int) -> None:
     # 2 ranks: tensor parallel beside a data-parallel axis of one rank.
     chosen = ("one-pass", "accumulated", "signum", "sgd", "patterns", "update")
@@ -120,6 +121,7 @@ def test_a_tensor_parallel_axis_beside_data_parallel_changes_nothing(num_ranks: 
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_tensor_parallel_without_data_parallel_measures_its_micro_batches() -> None:
     chosen = ("accumulated", "patterns", "update")
     cases = {name: {**SHARDED[name], "layout": "tp-alone", "estimators": ["split"]} for name in chosen}

@@ -118,6 +118,7 @@ def test_an_interval_alone_is_kept_whatever_it_costs(monkeypatch: pytest.MonkeyP
     assert session.measurement_share is None
 
 
+@pytest.mark.slow
 def test_where_the_budget_is_too_small_fewer_layers_are_measured_and_the_group_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -138,6 +139,7 @@ def test_where_the_budget_is_too_small_fewer_layers_are_measured_and_the_group_s
     assert session.measurement_share <= 0.0101
 
 
+@pytest.mark.slow
 def test_cheap_norms_are_repeated_over_sign_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
     # 0.9 s of a measured step do not depend on the number of patterns, 0.1 s per pattern does: sqrt(9) = 3.
     seen: list[int | None] = []

@@ -188,6 +188,7 @@ def z_score(samples: list[float], truth: float) -> float:
     return float((np.mean(samples) - truth) / (np.std(samples, ddof=1) / math.sqrt(len(samples))))
 
 
+@pytest.mark.slow
 def test_euclidean_noise_and_debiased_signal_are_unbiased() -> None:
     problem = regression(signal=0.3, seed=1)
     noise_sq, signal_sq = textbook_noise(problem, "euclidean") ** 2, signal(problem, "euclidean") ** 2
@@ -201,6 +202,7 @@ def test_euclidean_noise_and_debiased_signal_are_unbiased() -> None:
     assert abs(z_score([float(e.signal_sq) for e in found], signal_sq + plug_in_bias)) < 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_split_progress_is_unbiased_for_the_progress_of_a_half_batch(geometry: Geometry) -> None:
     problem = regression(signal=0.2, seed=2)
@@ -222,6 +224,7 @@ def test_split_progress_is_unbiased_for_the_progress_of_a_half_batch(geometry: G
     assert abs(np.mean(direct) - np.mean(estimated)) < 4 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_split_noise_is_unbiased_for_the_error_of_the_mean_gradient(geometry: Geometry) -> None:
     # Gaussian noise, so that the error of the mean is symmetric and of the same shape at every batch.
