@@ -13,26 +13,27 @@ from tests.torchrun import torchrun
 
 BOTH = ["split", "rank_variance"]
 
+# Halves of enough samples for full rank: p(G) of a matrix with a singular value near zero turns on the last bit.
 DDP: dict[str, dict[str, Any]] = {
-    "muon": {"optimizer": "muon", "batch": 16, "micro": 8},
+    "muon": {"optimizer": "muon", "batch": 64, "micro": 16},
     "signum": {"optimizer": "signum", "batch": 16, "micro": 8},
     "sgd": {"optimizer": "sgd", "batch": 16, "micro": 8},
     "muon-accumulated": {"optimizer": "muon", "batch": 48, "micro": 4},
     "sgd-accumulated": {"optimizer": "sgd", "batch": 48, "micro": 4},
     "signum-uneven-pieces": {"optimizer": "signum", "batch": 20, "micro": 20, "min_groups": 12},
-    "muon-tied": {"optimizer": "muon", "batch": 16, "micro": 4, "tied": True},
-    "muon-unused-branch": {"optimizer": "muon", "batch": 16, "micro": 4, "unused": True},
+    "muon-tied": {"optimizer": "muon", "batch": 64, "micro": 8, "tied": True},
+    "muon-unused-branch": {"optimizer": "muon", "batch": 64, "micro": 8, "unused": True},
     "muon-expert-without-tokens": {"optimizer": "muon", "batch": 48, "micro": 1, "expert": True},
     "signum-frozen": {"optimizer": "signum", "batch": 16, "micro": 4, "frozen": True},
-    "muon-recomputed": {"optimizer": "muon", "batch": 16, "micro": 4, "checkpoint": True},
+    "muon-recomputed": {"optimizer": "muon", "batch": 64, "micro": 8, "checkpoint": True},
     "signum-bfloat16": {"optimizer": "signum", "batch": 48, "micro": 4, "dtype": "bfloat16"},
-    "muon-scaled": {"optimizer": "muon", "batch": 16, "micro": 4, "scaler": True},
+    "muon-scaled": {"optimizer": "muon", "batch": 64, "micro": 8, "scaler": True},
     "muon-patterns": {"optimizer": "muon", "batch": 64, "micro": 8, "patterns": 3, "min_groups": 8, "curve": True},
     "sgd-patterns": {"optimizer": "sgd", "batch": 64, "micro": 8, "patterns": 3, "min_groups": 8, "curve": True},
-    "muon-update": {"optimizer": "muon", "batch": 16, "micro": 4, "directions": ["gradient", "update"]},
+    "muon-update": {"optimizer": "muon", "batch": 64, "micro": 8, "directions": ["gradient", "update"]},
     "signum-update": {"optimizer": "signum", "batch": 16, "micro": 4, "directions": ["update"]},
     "sgd-update": {"optimizer": "sgd", "batch": 16, "micro": 4, "directions": ["update"]},
-    "muon-polar-express": {"optimizer": "muon", "batch": 16, "micro": 4, "norms": "polar_express"},
+    "muon-polar-express": {"optimizer": "muon", "batch": 64, "micro": 8, "norms": "polar_express"},
     "muon-compiled": {"optimizer": "muon", "batch": 32, "micro": 4, "compile": True},
 }
 
