@@ -136,7 +136,7 @@ def run_case(name: str, case: dict[str, Any]) -> None:
         run=name,
         global_batch_size=case["batch"],
         micro_batch_size=case["micro"],
-        budget_samples=4 * case["batch"],
+        budget_samples=case.get("steps", 4) * case["batch"],
         policy=HoldPolicyConfig(estimator=case["estimators"][0], direction=case.get("directions", ["gradient"])[0]),
         measurement_interval=Span(steps=2),
         estimators=case["estimators"],
