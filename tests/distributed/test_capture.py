@@ -52,7 +52,7 @@ SHARDED: dict[str, dict[str, Any]] = {
     "unused-branch": {"optimizer": "stand-in", "batch": 32, "micro": 4, "unused": True, "estimators": ["split"]},
     "scaled": {"optimizer": "stand-in", "batch": 32, "micro": 4, "scaler": True},
     "patterns": {"optimizer": "stand-in", "batch": 64, "micro": 4, "patterns": 3, "curve": True},
-    "update": {"optimizer": "stand-in", "batch": 32, "micro": 4, "directions": ["gradient", "update"]},
+    "update": {"optimizer": "stand-in", "batch": 32, "micro": 4, "directions": ["gradient", "update"], "steps": 2},
     "polar-express": {"optimizer": "stand-in", "batch": 32, "micro": 4, "norms": "polar_express"},
 }
 
