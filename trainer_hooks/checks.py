@@ -10,14 +10,33 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable
-from gns_controller.core.contract import BatchPlan, Direction, Estimator, RunId
+from gns_controller.core.contract import BatchPlan, Direction, Estimator, RunId, Span
 from gns_controller.core.errors import GeometryError, InvalidInputError, TooFewGroupsError
 from gns_controller.core.policies import AnyPolicyConfig, plan_for
+from gns_controller.core.policies.fold import PolicyConfig
 from trainer_hooks.capture import MeasuredGroup
+from trainer_hooks.estimators.spectral import SpectralNorms
 
 logger = logging.getLogger(__name__)
 
 MOST_SIGN_PATTERNS = 63
+
+
+def as_policy(policy: AnyPolicyConfig | Mapping[str, Any] | None) -> AnyPolicyConfig | None:
+    """A policy's configuration, also from its JSON object.
+
+    Raises:
+        InvalidInputError: no policy has these settings.
+    """
+    if policy is None or isinstance(policy, PolicyConfig):
+        return policy
+    try:
+        found: AnyPolicyConfig = TypeAdapter(AnyPolicyConfig).validate_python(policy)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidInputError(f"policy={policy!r}: {where}: {first['msg']}.") from None
+    return found
 
 
 def check_state(state: Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -65,6 +84,8 @@ def check_names(run: str, estimators: Sequence[str], directions: Sequence[str], 
             f"run={run!r} is not a name: 1 to 128 letters, digits, dots, underscores and hyphens, "
             "a letter or digit first."
         ) from None
+    if isinstance(estimators, str) or isinstance(directions, str):
+        raise InvalidInputError("estimators and directions are lists of names, like ['split'] and ['gradient'].")
     unknown = sorted(set(estimators) - set(get_args(Estimator)))
     if unknown:
         raise InvalidInputError(f"estimators {unknown} do not exist; there are {', '.join(get_args(Estimator))}.")
@@ -106,10 +127,23 @@ def check_measurable(
         )
 
 
-def check_measuring(*, budget: float | None, num_sign_patterns: int | None) -> None:
-    """What measuring may cost and how finely it splits are numbers in their range."""
-    if budget is not None and not 0 < budget < 1:
-        raise InvalidInputError(f"measurement_budget={budget:g} must be a share of time between 0 and 1, like 0.01.")
+def check_measuring(
+    *,
+    interval: Span | None,
+    budget: float | None,
+    num_sign_patterns: int | None,
+    spectral_norms: str | None,
+    max_grad_norm: float | None,
+) -> None:
+    """How often, how finely and how norms are measured, and where gradients are clipped: each in its range."""
+    if interval is not None and not isinstance(interval, Span):
+        raise InvalidInputError(f"measurement_interval={interval!r}: give Span(steps=...) or Span(samples=...).")
+    if budget is not None and (not isinstance(budget, int | float) or not 0 < budget < 1):
+        raise InvalidInputError(f"measurement_budget={budget!r} must be a share of time between 0 and 1, like 0.01.")
+    if spectral_norms not in (None, *get_args(SpectralNorms)):
+        raise InvalidInputError(f"spectral_norms={spectral_norms!r}; there are {', '.join(get_args(SpectralNorms))}.")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise InvalidInputError(f"max_grad_norm={max_grad_norm!r} must be above 0, or None for no clipping.")
     if num_sign_patterns is not None and not 1 <= num_sign_patterns <= MOST_SIGN_PATTERNS:
         raise InvalidInputError(
             f"num_sign_patterns={num_sign_patterns} must be between 1 and {MOST_SIGN_PATTERNS}: each needs a buffer of "

@@ -88,7 +88,7 @@ class Measuring:
         self._losses = torch.zeros(2, dtype=torch.float64, device=layout.ranks.device)
         self._next = FIRST_MEASURED_STEP if interval is None else 0
         self._next_unit_is_steps = interval is None or interval.steps is not None
-        self._told_same_samples = self._told_incomplete = self._told_too_small = False
+        self._told_same_samples = self._told_incomplete = self._told_too_small = self._told_no_losses = False
         self.norm_seconds = 0.0
         """Of the latest measured step: reductions and norms, on this rank."""
 
@@ -176,6 +176,7 @@ class Measuring:
         readings = self._reader.read(captured)
         self.norm_seconds = time.perf_counter() - began
         counts = captured.counts
+        self._tell_that_ranks_cannot_be_compared()
         if counts.same_samples:
             self._tell_same_samples(counts.same_samples)
         elif not readings and self._layout.ranks.rank == 0:
@@ -219,6 +220,7 @@ class Measuring:
         earliest = (optimizer_step if self._next_unit_is_steps else samples_seen) + (steps - 1) * unit
         self._next = max(self._next, earliest) if interval is not None else earliest
         before = (self.num_patterns, self.layer_share)
+        is_first = len(self._ledger.recent) == 1
         typical = self._ledger.typical
         if self._chooses_patterns and typical is not None:
             self.num_patterns = best_num_patterns(typical, available=self._available_patterns(batch_size))
@@ -227,7 +229,7 @@ class Measuring:
             if share != self.layer_share:
                 self._measure_share(share)
         if self._layout.ranks.rank == 0:
-            level = logging.INFO if before != (self.num_patterns, self.layer_share) else logging.DEBUG
+            level = logging.INFO if is_first or before != (self.num_patterns, self.layer_share) else logging.DEBUG
             logger.log(
                 level,
                 "measuring: share_of_time=%.4f budget=%.4f next_in_steps=%d sign_patterns=%d layer_share=%g",
@@ -313,6 +315,17 @@ class Measuring:
         self.layer_share = share
         groups = thinned(self.groups, share)
         self._reader = GroupReader(groups, self._optimizers, self._layout, self._measured)
+
+    def _tell_that_ranks_cannot_be_compared(self) -> None:
+        layout = self._layout
+        if self._told_no_losses or not layout.averages_in_backward or layout.data_parallel.size == 1:
+            return
+        if layout.ranks.rank == 0 and not bool(self._losses.any()):
+            self._told_no_losses = True
+            logger.warning(
+                "ranks cannot be compared for equal samples: call session.observe_loss(loss, num_samples=...) after "
+                "each backward pass, with a float32 loss."
+            )
 
     def _tell_same_samples(self, pairs: Sequence[tuple[int, int]]) -> None:
         if self._told_same_samples or self._layout.ranks.rank != 0:

@@ -47,7 +47,7 @@ def check_gradients(
 
     Raises:
         SelfTestError: gradients are summed instead of averaged, stay local, have another factor, or are not seen by the
-            hook; the message names parameters.
+            hook; the message names parameters. Also where the test itself stops on an error.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would compile the test
     reason = _reason_to_skip(model)
@@ -69,12 +69,8 @@ def check_gradients(
     try:
         problems = _faults(model, layout, parameters, measured, make_capture)
     except Exception as error:
-        # A run that would train well goes on without the test. (An exception on one rank alone leaves the others
-        # waiting in its backward pass, as in training.)
-        logger.warning(
-            "self-test of gradients could not be run, training goes on: rank=%d error=%r", layout.ranks.rank, error
-        )
-        problems = []
+        # Not passed over: what a wrapper is left with after it was interrupted may train nothing without a word.
+        problems = [f"it could not be run to the end: {error!r}"]
     finally:
         for name, parameter in parameters.items():
             parameter.grad = saved[name]

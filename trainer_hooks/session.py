@@ -43,7 +43,7 @@ from trainer_hooks.batching import SampleStream
 from trainer_hooks.batching.schedule import LearningRateSchedule
 from trainer_hooks.budget import MeasurementCost
 from trainer_hooks.capture import DEFAULT_EXCLUDE, Layout, Measured, MeasuredGroup, find_groups, find_layout
-from trainer_hooks.checks import check_measurable, check_measuring, check_names, check_state, reachable_plan
+from trainer_hooks.checks import as_policy, check_measurable, check_measuring, check_names, check_state, reachable_plan
 from trainer_hooks.client import Controller, Verdict, connect
 from trainer_hooks.collectives import broadcast_plan
 from trainer_hooks.estimators.spectral import SpectralNorms
@@ -129,7 +129,7 @@ class AdaptiveBatch:
         micro_batch_size: int,
         budget_samples: int,
         controller: str | None = None,
-        policy: AnyPolicyConfig | None = None,
+        policy: AnyPolicyConfig | Mapping[str, Any] | None = None,
         measurement_interval: Span | None = None,
         measurement_budget: float | None = None,
         num_sign_patterns: int | None = None,
@@ -170,7 +170,8 @@ class AdaptiveBatch:
             micro_batch_size: most samples per rank per backward pass.
             budget_samples: samples after which training ends.
             controller: URL, or None to decide in this process.
-            policy: default: grow by the split noise scale, after a warmup of 15 % of the budget.
+            policy: its configuration, or that as a mapping. Default: grow by the split noise scale, after a warmup
+                of 15 % of the budget.
             measurement_interval: distance between measured steps. Default: as the budget allows.
             measurement_budget: largest share of the run's time that measuring may take; the interval, the number of
                 sign patterns and, if need be, the measured layers follow from measured costs. Default 0.01, or no
@@ -213,6 +214,7 @@ class AdaptiveBatch:
             RunConflictError: the controller knows this run with another specification.
             InvalidInputError: anything else that cannot be.
         """
+        policy = as_policy(policy)
         check_names(run, estimators or [], directions or [], policy)
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         if state is not None:
@@ -231,7 +233,13 @@ class AdaptiveBatch:
         check_measurable(groups, policy, global_batch_size=global_batch_size, data_parallel_size=data_parallel.size)
         if measurement_interval is None and measurement_budget is None:
             measurement_budget = DEFAULT_BUDGET
-        check_measuring(budget=measurement_budget, num_sign_patterns=num_sign_patterns)
+        check_measuring(
+            interval=measurement_interval,
+            budget=measurement_budget,
+            num_sign_patterns=num_sign_patterns,
+            spectral_norms=spectral_norms,
+            max_grad_norm=max_grad_norm,
+        )
         measuring = Measuring(
             groups=groups,
             optimizers=optimizers,

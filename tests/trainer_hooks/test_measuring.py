@@ -223,7 +223,7 @@ def test_both_directions_are_told_apart_and_a_first_step_has_no_momentum_yet() -
 
 def test_what_measuring_cannot_do_is_said_at_attach() -> None:
     model = deep_network()
-    with pytest.raises(InvalidInputError, match=r"measurement_budget=2 must be a share of time between 0 and 1"):
+    with pytest.raises(InvalidInputError, match=r"measurement_budget=2.0 must be a share of time between 0 and 1"):
         attach(model, measurement_budget=2.0)
     with pytest.raises(InvalidInputError, match="num_sign_patterns=0 must be between 1 and 63"):
         attach(model, num_sign_patterns=0)
@@ -397,3 +397,27 @@ def test_eigenvalues_in_the_background_are_the_same_numbers_one_measurement_late
         assert delayed.noise == pytest.approx(prompt.noise, rel=1e-12)
         assert delayed.model_copy(update={"noise": prompt.noise}) == prompt
         assert late[step]["split"] == now[step]["split"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"measurement_interval": 16}, "measurement_interval=16: give Span"),
+        ({"measurement_budget": "1%"}, "measurement_budget='1%' must be a share of time"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 must be above 0"),
+        ({"spectral_norms": "ns"}, "spectral_norms='ns'; there are exact, polar_express"),
+        ({"estimators": "split"}, "lists of names"),
+        ({"exclude": "("}, r"exclude='\(' is not a regular expression"),
+        ({"geometries": {"Adamw": "sign"}}, r"geometries names \['Adamw'\], and the optimizers are Muon"),
+        ({"geometries": {"Muon": "cubic"}}, r"geometries \['cubic'\] do not exist"),
+        ({"policy": {"policy": "noise_scale", "theta": 1}}, r"policy=.*theta: Extra inputs are not permitted"),
+    ],
+)
+def test_an_argument_that_is_wrong_is_named_with_what_would_be_right(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidInputError, match=told):
+        attach(deep_network(), **changes)
+
+
+def test_a_policy_may_be_given_as_its_json_object() -> None:
+    session = attach(deep_network(), policy={"policy": "hold"})
+    assert session.specification.policy == HoldPolicyConfig()

@@ -310,7 +310,7 @@ def check_spread_seam(parameters: Sequence[Tensor], spectral: Sequence[bool], la
     if reasons:
         raise InvalidInputError(
             f"the rank_variance estimator is not available with {' and '.join(dict.fromkeys(reasons))}; "
-            "use estimators=['split'], which is."
+            "use estimators=['split'], which is, and a policy that follows it (estimator='split')."
         )
 
 

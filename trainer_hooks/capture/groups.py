@@ -6,13 +6,13 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gns_controller.core.contract import Geometry, ParameterGroup
-from gns_controller.core.errors import GeometryError
+from gns_controller.core.errors import GeometryError, InvalidInputError
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +79,21 @@ def find_groups(
         exclude: regular expression; parameters whose name it finds are not measured, if a spectral group exists.
 
     Raises:
-        GeometryError: an optimizer of unknown geometry, or nothing left to measure.
+        GeometryError: an optimizer of unknown geometry, `geometries` for optimizers that are not there, or nothing left
+            to measure.
+        InvalidInputError: `exclude` is not a regular expression.
     """
+    kinds = {type(optimizer).__name__ for optimizer in optimizers}
+    strangers = sorted(set(geometries or {}) - kinds)
+    if strangers:
+        raise GeometryError(f"geometries names {strangers}, and the optimizers are {', '.join(sorted(kinds))}.")
+    unknown = sorted(set((geometries or {}).values()) - set(get_args(Geometry)))
+    if unknown:
+        raise GeometryError(f"geometries {unknown} do not exist; there are {', '.join(get_args(Geometry))}.")
+    try:
+        re.compile(exclude)
+    except re.error as error:
+        raise InvalidInputError(f"exclude={exclude!r} is not a regular expression: {error}.") from None
     known = GEOMETRY_OF_OPTIMIZER | dict(geometries or {})
     sparse = {
         id(module.weight)

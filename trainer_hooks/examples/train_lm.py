@@ -345,6 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0; 2 for a request that cannot be served, said in one sentence by rank 0."""
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per request would drown ours
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if "RANK" in os.environ:
         if torch.cuda.is_available():
