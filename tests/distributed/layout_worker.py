@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from gns_controller.core.contract import Span
 from gns_controller.core.policies import HoldPolicyConfig
 from trainer_hooks import AdaptiveBatch
-from trainer_hooks.capture import find_layout
-from trainer_hooks.capture.layout import parameter_groups_of
+from trainer_hooks.capture import Fsdp2Capture, find_layout
+from trainer_hooks.capture.layout import local_tensor, parameter_groups_of
 from trainer_hooks.clipping import clip_grad_norm
 from trainer_hooks.estimators.geometries import SPLIT_SUMS
 from trainer_hooks.optim import Signum
@@ -124,6 +124,20 @@ def clips_gradients_on_two_meshes() -> None:
     clipped_as_one_process_would(with_data_parallel=True)
 
 
+def a_buffer_under_fsdp2_is_as_large_as_the_shard() -> None:
+    torch.manual_seed(0)
+    model = Block()
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    session = attach(model, num_sign_patterns=3, global_batch_size=16)
+    capture = session._measuring._capture
+    assert isinstance(capture, Fsdp2Capture)
+    assert capture._signed is not None
+    shard = sum(local_tensor(parameter).numel() for parameter in model.parameters())
+    assert capture._signed.flat.numel() == 3 * shard
+    assert shard < 0.6 * whole
+
+
 def published_estimator_with_an_unused_parameter_reads_nothing_and_goes_on() -> None:
     torch.manual_seed(0)
     model = Block()
@@ -179,6 +193,7 @@ def the_self_test_leaves_synchronisation_flags_as_they_were() -> None:
 CHECKS: list[Callable[[], None]] = [
     clips_tensor_parallel_gradients,
     clips_gradients_on_two_meshes,
+    a_buffer_under_fsdp2_is_as_large_as_the_shard,
     published_estimator_with_an_unused_parameter_reads_nothing_and_goes_on,
     an_exception_in_one_ranks_norms_leaves_nobody_waiting,
     the_self_test_leaves_ddp_its_bucket_order,
