@@ -25,6 +25,7 @@ def test_the_example_job_trains_fully_sharded_and_says_what_measuring_took(tmp_p
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_what_the_example_cannot_do_sharded_is_said_on_the_command_line() -> None:
     result = torchrun("trainer_hooks.examples.train_lm", "--fully-shard", num_ranks=1, expect_status=(1,))
     assert "--fully-shard needs --optimizer adamw or signum" in result.stderr

@@ -69,6 +69,7 @@ def controller(tmp_path: Path) -> Iterator[ControllerProcess]:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_controller_killed_in_the_middle_of_a_job_costs_nothing(
     tmp_path: Path, controller: ControllerProcess
 ) -> None:

@@ -284,6 +284,7 @@ def eighths() -> list[list[int]]:
     return [[pattern.sign(rank=rank, micro_batch=0) for rank in range(8)] for pattern in chosen]
 
 
+@pytest.mark.slow
 @every_geometry
 def test_the_progress_curve_is_unbiased_at_every_batch(geometry: Geometry) -> None:
     generator = torch.Generator().manual_seed(2)
@@ -297,6 +298,7 @@ def test_the_progress_curve_is_unbiased_at_every_batch(geometry: Geometry) -> No
         assert abs(np.mean(direct) - np.mean(estimated)) < 4 * error
 
 
+@pytest.mark.slow
 @every_geometry
 @pytest.mark.parametrize("noise_scale_per_batch", [0.01, 100.0])
 def test_standard_errors_tell_the_spread_over_fresh_batches(geometry: Geometry, noise_scale_per_batch: float) -> None:
