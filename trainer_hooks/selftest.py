@@ -90,6 +90,8 @@ def _reason_to_skip(model: nn.Module) -> str | None:
         return "parameters have post-accumulate hooks, which may step an optimizer"
     if isinstance(model, DistributedDataParallel) and model.static_graph:
         return "DistributedDataParallel(static_graph=True) learns its graph from the first backward pass"
+    if isinstance(model, DistributedDataParallel) and any(getattr(m, "sparse", False) for m in model.modules()):
+        return "DistributedDataParallel takes nothing but sparse gradients for embeddings with sparse=True"
     return None
 
 

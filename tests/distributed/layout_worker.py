@@ -138,6 +138,28 @@ def a_buffer_under_fsdp2_is_as_large_as_the_shard() -> None:
     assert shard < 0.6 * whole
 
 
+def sparse_embeddings_under_ddp_are_left_out_and_trained() -> None:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(12, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = AdaptiveBatch.attach(
+        model,
+        optimizer,
+        run="sparse",
+        global_batch_size=8,
+        micro_batch_size=4,
+        budget_samples=32,
+        policy=HoldPolicyConfig(),
+        measurement_interval=Span(steps=1),
+    )
+    assert [len(group.parameters) for group in session.groups] == [2]
+    for step in session.steps(torch.randint(0, 10, (64, 3), generator=torch.Generator().manual_seed(0))):
+        for tokens in step:
+            step.backward(model(tokens).square().mean())
+        step.apply()
+    assert session.samples_seen == 32
+
+
 def published_estimator_with_an_unused_parameter_reads_nothing_and_goes_on() -> None:
     torch.manual_seed(0)
     model = Block()
@@ -194,6 +216,7 @@ CHECKS: list[Callable[[], None]] = [
     clips_tensor_parallel_gradients,
     clips_gradients_on_two_meshes,
     a_buffer_under_fsdp2_is_as_large_as_the_shard,
+    sparse_embeddings_under_ddp_are_left_out_and_trained,
     published_estimator_with_an_unused_parameter_reads_nothing_and_goes_on,
     an_exception_in_one_ranks_norms_leaves_nobody_waiting,
     the_self_test_leaves_ddp_its_bucket_order,

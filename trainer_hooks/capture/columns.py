@@ -112,23 +112,9 @@ class Columns:
         norms: SpectralNorms,
     ) -> Tensor:
         """(width,) float64 of one tensor, or of a batch of equal matrices."""
-        sums = partial(self._sums, geometry, mean, signed, direction, spread, counts, norms)
-        if geometry != "spectral" or (norms != "exact" and spread is None):
-            return sums()
-        if all(bool(tensor.isfinite().all()) for tensor in (mean, *signed)):
-            return sums()
-        return torch.full((self.width,), torch.nan, dtype=torch.float64, device=mean.device)  # LAPACK refuses NaN
-
-    def _sums(
-        self,
-        geometry: Geometry,
-        mean: Tensor,
-        signed: Sequence[Tensor],
-        direction: Direction | None,
-        spread: Tensor | None,
-        counts: Counts,
-        norms: SpectralNorms,
-    ) -> Tensor:
+        decomposes = geometry == "spectral" and (norms == "exact" or spread is not None)
+        if decomposes and not all(bool(tensor.isfinite().all()) for tensor in (mean, *signed)):
+            return torch.full((self.width,), torch.nan, dtype=torch.float64, device=mean.device)  # LAPACK refuses NaN
         options: dict[str, Any] = {"norms": norms} if geometry == "spectral" else {}
         parts: list[Tensor] = []
         for name in self._directions:
