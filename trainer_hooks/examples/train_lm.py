@@ -24,13 +24,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import Decision, Span
 from gns_controller.core.errors import GnsError, InvalidInputError
 from gns_controller.core.policies import AnyPolicyConfig
 from trainer_hooks import AdaptiveBatch, warmup_cosine
+from trainer_hooks.examples.checkpoints import described, read_checkpoint, settings_of, with_batch, write_checkpoint
 from trainer_hooks.examples.corpus import ByteSequences, read_standard_library
 from trainer_hooks.examples.llama import Llama, LlamaConfig, next_token_loss
 from trainer_hooks.optim import Muon, Signum
+from trainer_hooks.steps import Step
 
 DEFAULT_LEARNING_RATES = {"muon": 0.016, "adamw": 0.008, "signum": 0.001}
 """Tuned at batch 16 on the demo's model and budget."""
@@ -74,6 +77,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--fully-shard", action="store_true", help="FSDP2 instead of DDP; adamw or signum, no checkpoints")
     add("--shadow", action="store_true", help="report and record decisions, change nothing")
     add("--evaluations", type=int, default=40, help="validation points over the run")
+    add("--evaluate-at-samples", type=sample_counts, default=None, help="validation points, instead of --evaluations")
     add("--validation-samples", type=int, default=1024, help="fixed windows behind each validation loss")
     add("--corpus", type=Path, default=None, help="folder of .py files; default: the standard library")
     add("--output", type=Path, default=None, help="JSON-lines file with losses and decisions, written by rank 0")
@@ -84,6 +88,32 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="save here, and resume from here if it exists",
     )
     add("--checkpoint-steps", type=int, default=0, help="optimizer steps between checkpoints; 0: at the end only")
+    add(
+        "--save-at-samples",
+        type=sample_counts,
+        default=None,
+        help="comma-separated: keep copies of these points beside --checkpoint, job.pt as job-4800.pt",
+    )
+    add("--resume-from", type=Path, default=None, help="start from this checkpoint, unless --checkpoint exists")
+    add(
+        "--resume-batch-size",
+        type=int,
+        default=None,
+        help="global batch to go on with after --resume-from, its learning rate coupled; default: the checkpoint's",
+    )
+    add(
+        "--stop-at-samples",
+        type=int,
+        default=None,
+        help="stop here; the learning-rate schedule stays that of --budget-samples",
+    )
+    add("--record-readings", action="store_true", help="write the readings of every measured step into --output")
+    add(
+        "--describe-checkpoint",
+        type=Path,
+        default=None,
+        help="print what this checkpoint is of, as JSON, and train nothing",
+    )
     add("--spool-directory", type=Path, default=Path(".gns/spool"), help="where measurements wait during an outage")
     add(
         "--pace-seconds",
@@ -98,7 +128,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--fully-shard needs --optimizer adamw or signum: this Muon takes whole matrices.")
     if options.fully_shard and options.checkpoint:
         parser.error("--fully-shard does not write checkpoints in this example.")
+    if options.fully_shard and options.resume_from:
+        parser.error("--fully-shard does not read checkpoints in this example.")
+    if options.save_at_samples and not options.checkpoint:
+        parser.error("--save-at-samples needs --checkpoint, beside which it writes.")
+    if options.resume_batch_size and not options.resume_from:
+        parser.error("--resume-batch-size needs --resume-from.")
     return options
+
+
+def sample_counts(text: str) -> list[int]:
+    """From "4800,12000", in ascending order."""
+    counts = sorted({int(part) for part in text.split(",")})
+    if counts[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: sample counts begin at 1.")
+    return counts
 
 
 def build_optimizers(model: nn.Module, name: str, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -152,10 +196,11 @@ class Job:
         self.ddp_model = model
         self.started_at = time.perf_counter()
         self.training_seconds = 0.0
-        checkpoint = self._read_checkpoint()
+        goes_on = options.checkpoint is not None and options.checkpoint.exists()
+        checkpoint = self._find_checkpoint()
         self.output = None
         if options.output and self.rank == 0:
-            self.output = options.output.open("a" if checkpoint else "w")
+            self.output = options.output.open("a" if goes_on else "w")
         self.session = self._attach(checkpoint)
         self.record(
             "start",
@@ -210,10 +255,13 @@ class Job:
         """Train to the end of the budget."""
         options, session = self.options, self.session
         every = options.budget_samples / max(options.evaluations, 1)
-        next_evaluation = (session.samples_seen // every + 1) * every
+        evaluations = options.evaluate_at_samples or [every * (n + 1) for n in range(max(options.evaluations, 1))]
+        evaluate_at = Due(evaluations, after=session.samples_seen)
+        save_at = Due(options.save_at_samples or [], after=session.samples_seen)
         train_loss: float | None = None
         with progress_line(session, enabled=self.rank == 0 and sys.stderr.isatty()) as show:
-            for step in session.steps(self.train, collate_fn=as_batch, seed=options.seed):
+            for step in self._steps():
+                is_measured = session.is_measured
                 began = time.perf_counter()
                 for windows in step:
                     loss = next_token_loss(self.model, windows.to(self.device))
@@ -222,15 +270,19 @@ class Job:
                 if options.pace_seconds:
                     time.sleep(options.pace_seconds)
                 self.training_seconds += time.perf_counter() - began
-                ended = session.samples_seen + session.data_parallel.size > options.budget_samples
-                if session.samples_seen >= next_evaluation or ended:
-                    next_evaluation += every
+                if is_measured and options.record_readings:
+                    self._record_readings()
+                ended = session.samples_seen + session.data_parallel.size > options.budget_samples or self._is_stopped
+                if evaluate_at.reached(session.samples_seen) or ended:
                     train_loss = float(loss.detach())
                     self._evaluate(train_loss)
                 if options.checkpoint_steps and session.optimizer_step % options.checkpoint_steps == 0:
-                    self._save_checkpoint()
+                    self._save_checkpoint(options.checkpoint)
+                for samples in save_at.reached(session.samples_seen):
+                    kept = options.checkpoint
+                    self._save_checkpoint(kept.with_name(f"{kept.stem}-{samples}{kept.suffix}"))
                 show(train_loss)
-        self._save_checkpoint()
+        self._save_checkpoint(options.checkpoint)
         self.record(
             "end",
             optimizer_steps=session.optimizer_step,
@@ -239,6 +291,20 @@ class Job:
             seconds=time.perf_counter() - self.started_at,
             measurement_share=session.measurement_share,
         )
+
+    @property
+    def _is_stopped(self) -> bool:
+        stop = self.options.stop_at_samples
+        return stop is not None and self.session.samples_seen >= stop
+
+    def _steps(self) -> Iterator[Step]:
+        """Those of the session, to the end of the budget or to --stop-at-samples."""
+        if not self._is_stopped:
+            for step in self.session.steps(self.train, collate_fn=as_batch, seed=self.options.seed):
+                yield step
+                if self._is_stopped:
+                    break
+        self.session.report_progress()
 
     def _evaluate(self, train_loss: float) -> None:
         with torch.no_grad():
@@ -255,11 +321,20 @@ class Job:
             validation_loss=value,
             train_loss=train_loss,
             global_batch_size=self.session.plan.global_batch_size,
+            learning_rate_factor=self.session.learning_rate_factor,
             training_seconds=self.training_seconds,
         )
 
     def _record_decision(self, decision: Decision, source: str) -> None:
         self.record("decision", source=source, **decision.model_dump(mode="json"))
+
+    def _record_readings(self) -> None:
+        self.record(
+            "readings",
+            optimizer_step=self.session.optimizer_step,
+            samples=self.session.samples_seen,
+            readings=[reading.model_dump(mode="json") for reading in self.session.last_readings],
+        )
 
     def record(self, kind: str, **fields: Any) -> None:
         """One line of the output file; one printed line for what a person wants to see."""
@@ -269,35 +344,57 @@ class Job:
         if self.rank == 0 and kind in ("start", "end"):
             print(f"{kind}: " + " ".join(f"{name}={value}" for name, value in fields.items()), flush=True)
 
-    def _read_checkpoint(self) -> dict[str, Any] | None:
-        path = self.options.checkpoint
-        if path is None or not path.exists():
+    def _find_checkpoint(self) -> dict[str, Any] | None:
+        """My own, if an earlier incarnation of this job left one; else what to start from."""
+        options = self.options
+        if options.checkpoint is not None and options.checkpoint.exists():
+            return read_checkpoint(options.checkpoint, device=self.device)
+        if options.resume_from is None:
             return None
-        checkpoint: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+        checkpoint = read_checkpoint(options.resume_from, device=self.device)
+        if options.resume_batch_size:
+            rules = BatchRules(
+                global_batch_size=options.batch_size,
+                micro_batch_size=options.micro_batch_size,
+                learning_rate_coupling=options.coupling,
+            )
+            checkpoint["session"] = with_batch(
+                checkpoint["session"], options.resume_batch_size, rules=rules, data_parallel_size=self.world_size
+            )
         return checkpoint
 
-    def _save_checkpoint(self) -> None:
-        if self.options.checkpoint is None:
+    def _save_checkpoint(self, path: Path | None) -> None:
+        if path is None:
             return
         state = self.session.state_dict()
-        if self.rank != 0:
-            return
-        unfinished = self.options.checkpoint.with_suffix(".tmp")
-        torch.save(
-            {
-                "model": self.plain_model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "session": state,
-            },
-            unfinished,
-        )
-        unfinished.replace(self.options.checkpoint)
+        if self.rank == 0:
+            job = {**settings_of(self.options), "learning_rate": self.learning_rate, "num_ranks": self.world_size}
+            optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+            write_checkpoint(path, model=self.plain_model.state_dict(), optimizers=optimizers, session=state, job=job)
 
     def close(self) -> None:
         """Flush what is left for the controller."""
         self.session.close()
         if self.output is not None:
             self.output.close()
+
+
+class Due:
+    """Sample counts at which something is due once.
+
+    Args:
+        points: in ascending order.
+        after: of a resumed run: points up to here are left out.
+    """
+
+    def __init__(self, points: Sequence[float], *, after: int) -> None:
+        self._left = [point for point in points if point > after]
+
+    def reached(self, samples_seen: int) -> list[float]:
+        """Points that were passed since the last call."""
+        passed = [point for point in self._left if point <= samples_seen]
+        self._left = self._left[len(passed) :]
+        return passed
 
 
 def as_batch(samples: Any) -> Tensor:
@@ -341,9 +438,21 @@ def progress_line(session: AdaptiveBatch, *, enabled: bool) -> Iterator[Any]:
             sys.stderr.write("\n")
 
 
+def describe(path: Path) -> int:
+    """Print what a checkpoint is of; exit status as of `main`."""
+    try:
+        print(json.dumps(described(read_checkpoint(path), path)))
+    except (GnsError, OSError) as error:
+        print(f"train_lm: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0; 2 for a request that cannot be served, said in one sentence by rank 0."""
     options = parse_arguments(arguments)
+    if options.describe_checkpoint:
+        return describe(options.describe_checkpoint)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per request would drown ours
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
