@@ -289,6 +289,8 @@ class Controller:
             plan=head.state.plan,
             decision=last if last is not None and last.attempt == head.attempt else None,
             policy_revision=head.policy_revision,
+            policy=head.policy if head.policy_revision else None,
+            override=head.override,
         )
         return reply, decisions
 
@@ -332,9 +334,10 @@ def _decide(head: RunHead, state: PolicyState, measurement: NoiseScaleMeasuremen
             head.policy,
             state,
             measurement,
-            rules=head.specification.batch,
+            facts=head.specification.facts,
             policy_revision=head.policy_revision,
             follow_trainer=head.specification.mode == "active",
+            override=head.override,
         )
     except (ValueError, ArithmeticError):  # counts beyond 2^62, or a noise_tolerance whose square is 0
         raise InvalidInputError(
@@ -397,4 +400,5 @@ def _registration_reply(head: RunHead) -> RegistrationReply:
         plan=head.state.plan,
         policy=head.policy,
         policy_revision=head.policy_revision,
+        override=head.override,
     )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 
-from gns_controller.core.batch_arithmetic import floor_to_reachable
 from gns_controller.core.contract import BatchPlan
-from gns_controller.core.coupling import learning_rate_factor
-from gns_controller.core.policies import PolicyState, StagesPolicyConfig
-from gns_controller.core.runs import ProjectedStage, Registration, RunState, RunView, ScheduleView
+from gns_controller.core.policies import PolicyState
+from gns_controller.core.projection import advised_data_parallel_size, project, savings
+from gns_controller.core.runs import Registration, RunState, RunView, ScheduleView
 from gns_controller.metrics import LiveRun
 from gns_controller.store import LogEntry, RunHead
 
@@ -81,31 +80,17 @@ def schedule_view(head: RunHead, plan_changes: Iterable[LogEntry]) -> ScheduleVi
         plan = PolicyState.model_validate_json(entry.state).plan
         if not plans or plans[-1] != plan:
             plans.append(plan)
+    last, facts = head.last_measurement, head.specification.facts
+    projection = None
+    if last is not None and last.samples_seen < head.specification.budget_samples:
+        projection = project(
+            head.policy, head.state, last, facts=facts, schedule=head.specification.schedule, override=head.override
+        )
     return ScheduleView(
-        run_id=head.run_id, attempt=head.attempt, plans=tuple(plans), projection=tuple(_stages_ahead(head))
+        run_id=head.run_id,
+        attempt=head.attempt,
+        plans=tuple(plans),
+        projection=projection,
+        savings=savings(head.state, last, facts=facts) if last is not None else None,
+        advised_data_parallel_size=advised_data_parallel_size(head.state, facts=facts),
     )
-
-
-def _stages_ahead(head: RunHead) -> Iterable[ProjectedStage]:
-    if not isinstance(head.policy, StagesPolicyConfig):
-        return
-    rules, measurement = head.specification.batch, head.last_measurement
-    samples_seen = measurement.samples_seen if measurement else -1
-    ranks = measurement.data_parallel_size if measurement else head.specification.data_parallel_size
-    for stage in head.policy.stages:
-        if samples_seen < stage.from_samples < head.specification.budget_samples:
-            batch_size = floor_to_reachable(
-                stage.global_batch_size,
-                micro_batch_size=rules.micro_batch_size,
-                data_parallel_size=ranks,
-                micro_batch_granularity=rules.micro_batch_granularity,
-            )
-            yield ProjectedStage(
-                samples_seen=stage.from_samples,
-                global_batch_size=batch_size,
-                learning_rate_factor=learning_rate_factor(
-                    rules.learning_rate_coupling,
-                    global_batch_size=batch_size,
-                    initial_batch_size=rules.global_batch_size,
-                ),
-            )

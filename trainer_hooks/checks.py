@@ -13,7 +13,7 @@ from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable
 from gns_controller.core.contract import BatchPlan, Direction, Estimator, RunId, Span
 from gns_controller.core.errors import GeometryError, InvalidInputError, TooFewGroupsError
 from gns_controller.core.policies import AnyPolicyConfig, plan_for
-from gns_controller.core.policies.fold import PolicyConfig
+from gns_controller.core.policies.frame import PolicyConfig
 from trainer_hooks.capture import MeasuredGroup
 from trainer_hooks.estimators.spectral import SpectralNorms
 

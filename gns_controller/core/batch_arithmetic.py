@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from gns_controller.core.contract import Count, FrozenModel, PositiveCount
+from pydantic import Field
+
+from gns_controller.core.contract import Count, FrozenModel, Label, PositiveCount
 from gns_controller.core.errors import BatchShapeError
 
-LearningRateCoupling = Literal["sqrt", "linear", "none"]
+LearningRateCoupling = Literal["sqrt", "linear", "adascale", "adamscale", "seesaw", "none"]
+"""What a batch change does to a learning rate; formulas in coupling.py."""
+
+BetaCoupling = Literal["half_life", "none"]
+"""half_life: averages of the optimizer forget per sample, not per step."""
 
 
 class BatchRules(FrozenModel):
@@ -25,6 +31,10 @@ class BatchRules(FrozenModel):
     """Below one full pass the micro-batch shrinks in multiples of this."""
     learning_rate_coupling: LearningRateCoupling = "sqrt"
     """What a batch change does to the learning rate."""
+    optimizer_couplings: dict[Label, LearningRateCoupling] = Field(default_factory=dict)
+    """Optimizer class name -> its own rule, where it is not that of the others."""
+    beta_coupling: BetaCoupling = "none"
+    """What a batch change does to the optimizers' averages."""
     decision_delay_steps: Count = 1
     """Whole steps between a measurement and the plan it leads to. Hides the round trip to the controller."""
 

@@ -26,18 +26,23 @@ Reason = Literal[
     "warmup",
     "grow",
     "shrink",
+    "stage",
     "hold",
     "hold_below_deadband",
     "hold_monotone",
+    "hold_hysteresis",
     "hold_unresolved",
     "hold_dwell",
+    "hold_decay",
     "hold_not_finite",
     "hold_no_reading",
     "capped_growth",
+    "capped_rate",
+    "capped_integer_factor",
+    "capped_budget",
     "capped_max",
-    "stage",
+    "raised_to_min",
     "override",
-    "shadow",
 ]
 """Why a decision came out as it did. A closed list: dashboards and alerts may switch on it."""
 
@@ -133,6 +138,8 @@ class GroupReading(FrozenModel):
     all patterns share, the noise of the mean gradient (docs/reference/estimators.md)."""
     progress_curve: Annotated[tuple[ProgressPoint, ...], Field(max_length=16)] = ()
     """Progress at several sub-batch sizes, from the same sample groups."""
+    inner_product_variance: Annotated[float, Field(ge=0)] | None = None
+    """euclidean rank_variance only: per-sample variance of <g_i, gbar>, for the inner-product test."""
     ceiling_samples: float | None = None
     """rank_variance only: what pure noise of these shapes reads at this batch. split readings get their ceiling from
     their standard error: `ceiling`, and after many measurements smoothing.py."""
@@ -150,6 +157,11 @@ class GroupReading(FrozenModel):
             self.num_sign_patterns is self.noise_standard_error is self.progress_standard_error is None
         ):
             raise ValueError("sign patterns and their standard errors are given by the split estimator only.")
+        if self.inner_product_variance is not None and (self.estimator, self.geometry) != (
+            "rank_variance",
+            "euclidean",
+        ):
+            raise ValueError("inner_product_variance is given by rank_variance in the euclidean geometry only.")
         return self
 
     @property
@@ -274,8 +286,29 @@ class BatchPlan(FrozenModel):
     gradient_accumulation_steps: PositiveCount
     learning_rate_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Multiplies the scheduled base learning rate, once."""
+    optimizer_factors: dict[Label, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    """Optimizer class name -> factor, for optimizers that are coupled by another rule than the rest."""
+    beta_exponent: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Every beta of the optimizers is its value at the start to this power."""
     effective_step: Count
     """The first step run under this plan is the one that starts with this many completed steps."""
+
+
+class Override(FrozenModel):
+    """An operator's word above the policy, until it is released."""
+
+    kind: Literal["pin", "hold"]
+    """pin: this batch. hold: whatever batch is in force."""
+    global_batch_size: PositiveCount | None = None
+    """pin only. Rounded down to a reachable batch."""
+    note: Annotated[str, Field(max_length=500)] = ""
+    """Why, for the next person who looks."""
+
+    @model_validator(mode="after")
+    def _pin_names_a_batch(self) -> Self:
+        if (self.kind == "pin") != (self.global_batch_size is not None):
+            raise ValueError("a pin names a global_batch_size, a hold does not.")
+        return self
 
 
 class Decision(FrozenModel):

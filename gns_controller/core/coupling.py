@@ -1,21 +1,138 @@
-"""What a batch change does to the optimizer: today, to its learning rate."""
+"""What a batch change does to the optimizer: to its learning rate and to the memory of its averages.
+
+Everything is a function of the present batch, the batch of the start and, for AdaScale, the noise scale: it multiplies
+base values, so applying it twice is applying it once, and a resume finds the right values from the plan alone.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from gns_controller.core.batch_arithmetic import LearningRateCoupling
+from gns_controller.core.batch_arithmetic import BatchRules, LearningRateCoupling
+from gns_controller.core.contract import BatchPlan
+from gns_controller.core.errors import CouplingError
+
+_SQRT = (
+    *("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Lion", "SignSGD", "Signum"),
+    *("Muon", "SpecSGD", "Scion", "Dion", "NorMuon"),
+    *("Shampoo", "DistributedShampoo", "EShampoo", "KLShampoo", "SOAP", "ASGO"),
+)
+_LINEAR = ("SGD",)
+
+DEFAULT_COUPLINGS: dict[str, LearningRateCoupling] = {
+    **dict.fromkeys((name.lower() for name in _SQRT), "sqrt"),
+    **dict.fromkeys((name.lower() for name in _LINEAR), "linear"),
+}
+"""Optimizer class name in lower case -> rule. sqrt for optimizers whose step does not grow with the gradient."""
+
+_NO_SOUND_RULE = {
+    "lbfgs": "it searches its own step along curvature estimates of one batch size",
+    "rprop": "it compares signs of successive full-batch gradients",
+    "adagrad": "its sum of squares never forgets the batches before",
+    "adadelta": "its step has no learning rate to scale",
+    "adafactor": "its relative step follows its own clock",
+    "prodigy": "it finds its own learning rate",
+    "dadaptation": "it finds its own learning rate",
+}
+"""Optimizer class name in lower case -> why no rule is sound."""
 
 
-def learning_rate_factor(coupling: LearningRateCoupling, *, global_batch_size: int, initial_batch_size: int) -> float:
-    """Factor on the base learning rate, a function of the batch alone: applying it twice is applying it once.
+def default_couplings(optimizers: Sequence[str]) -> tuple[LearningRateCoupling, dict[str, LearningRateCoupling]]:
+    """The rule of the first optimizer, and those of the others that differ, by class name.
 
-        sqrt: (B / B0)^(1/2)        linear: B / B0        none: 1
+    Raises:
+        CouplingError: no rule is known to be sound for one of them.
+    """
+    rules: dict[str, LearningRateCoupling] = {}
+    for name in optimizers:
+        rule = DEFAULT_COUPLINGS.get(name.lower())
+        if rule is None:
+            because = _NO_SOUND_RULE.get(name.lower(), "we know no optimizer of that name")
+            raise CouplingError(
+                f"no rule for the learning rate of {name} is known to be sound when the batch changes: {because}. "
+                "Say learning_rate_coupling='none' (or another rule) if you know better."
+            )
+        rules[name] = rule
+    first: LearningRateCoupling = next(iter(rules.values()), "none")
+    return first, {name: rule for name, rule in rules.items() if rule != first}
+
+
+def gain(*, noise_scale: float, global_batch_size: int, initial_batch_size: int) -> float:
+    """AdaScale's gain: progress of one step of the present batch in steps of the first one.
+
+        r = (V + S) / (V / k + S) = (N / B0 + 1) / (N / B + 1),    k = B / B0,  V = noise_sq / B0,  S = signal_sq
+
+    Between 1 and k. Source: arXiv:2007.05105; AdaptDL's adascale rule.
+    """
+    return (noise_scale / initial_batch_size + 1) / (noise_scale / global_batch_size + 1)
+
+
+def learning_rate_factor(
+    coupling: LearningRateCoupling,
+    *,
+    global_batch_size: int,
+    initial_batch_size: int,
+    noise_scale: float | None = None,
+    previous_factor: float = 1.0,
+) -> float:
+    """Factor on the base learning rate.
+
+        sqrt, seesaw: (B / B0)^(1/2)     linear: B / B0     adascale: gain     adamscale: gain^(1/2)     none: 1
+
+    Args:
+        coupling: the rule. seesaw is sqrt, for batches that grow because the schedule decays: lr0 d (B/B0)^(1/2) with
+            B = B0 / d is lr0 d^(1/2), so the rate must not be divided a second time.
+        global_batch_size: B, samples.
+        initial_batch_size: B0, samples; the base rate is tuned for it.
+        noise_scale: samples; the gains need it.
+        previous_factor: what a gain answers as long as no noise scale is resolved.
 
     Source: sqrt, arXiv:2602.03001 algorithm 1 and common practice for sign-like optimizers; linear, arXiv:1706.02677
-    (SGD); none, the published GPT-3, Llama 3 and DeepSeek-V3 ramps.
+    (SGD); none, the published GPT-3, Llama 3 and DeepSeek-V3 ramps; seesaw, arXiv:2510.14717; the gains, AdaptDL.
     """
     ratio = global_batch_size / initial_batch_size
-    if coupling == "sqrt":
-        return math.sqrt(ratio)
-    return ratio if coupling == "linear" else 1.0
+    match coupling:
+        case "sqrt" | "seesaw":
+            return math.sqrt(ratio)
+        case "linear":
+            return ratio
+        case "none":
+            return 1.0
+    if noise_scale is None:
+        return previous_factor
+    measured = gain(noise_scale=noise_scale, global_batch_size=global_batch_size, initial_batch_size=initial_batch_size)
+    return measured if coupling == "adascale" else math.sqrt(measured)
+
+
+def beta_exponent(rules: BatchRules, *, global_batch_size: int) -> float:
+    """Power to which every beta of the start is raised: B / B0 keeps half-lives in samples.
+
+        beta^(B / B0) per step of B samples forgets as much per sample as beta per step of B0.
+
+    Source: AdaptDL's theta^(B / B0); 1 - beta ~ B / t_half.
+    """
+    return global_batch_size / rules.global_batch_size if rules.beta_coupling == "half_life" else 1.0
+
+
+def coupled(
+    rules: BatchRules, *, global_batch_size: int, noise_scale: float | None, previous: BatchPlan | None
+) -> tuple[float, dict[str, float], float]:
+    """learning_rate_factor, optimizer_factors and beta_exponent of a plan with this batch."""
+
+    def factor(rule: LearningRateCoupling, previous_factor: float) -> float:
+        return learning_rate_factor(
+            rule,
+            global_batch_size=global_batch_size,
+            initial_batch_size=rules.global_batch_size,
+            noise_scale=noise_scale,
+            previous_factor=previous_factor,
+        )
+
+    before = previous.learning_rate_factor if previous else 1.0
+    factors_before = previous.optimizer_factors if previous else {}
+    return (
+        factor(rules.learning_rate_coupling, before),
+        {name: factor(rule, factors_before.get(name, 1.0)) for name, rule in rules.optimizer_couplings.items()},
+        beta_exponent(rules, global_batch_size=global_batch_size),
+    )

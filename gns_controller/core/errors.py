@@ -3,6 +3,7 @@
 GnsError
 ├── InvalidInputError (ValueError)      what was asked for cannot be done; the message says what can
 │   ├── BatchShapeError                 a batch that these ranks cannot make
+│   ├── CouplingError                   no sound rule for what a batch change does to this optimizer
 │   ├── GeometryError                   a geometry that no parameter group has, or that a tensor cannot have
 │   └── TooFewGroupsError               one gradient has no spread
 ├── SelfTestError                       gradients are not what measuring relies on; parameters are named
@@ -33,6 +34,10 @@ class InvalidInputError(GnsError, ValueError):
 
 class BatchShapeError(InvalidInputError):
     """No micro-batch and accumulation make this global batch on these ranks."""
+
+
+class CouplingError(InvalidInputError):
+    """No sound rule for what a batch change does to this optimizer."""
 
 
 class GeometryError(InvalidInputError):

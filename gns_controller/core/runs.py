@@ -16,12 +16,14 @@ from gns_controller.core.contract import (
     FrozenModel,
     Label,
     NoiseScaleMeasurement,
+    Override,
     ParameterGroup,
     PositiveCount,
     RunId,
     Span,
 )
-from gns_controller.core.policies import AnyPolicyConfig, HoldPolicyConfig, initial_plan
+from gns_controller.core.policies import AnyPolicyConfig, HoldPolicyConfig, RunFacts, check_policy, initial_plan
+from gns_controller.core.projection import Projection, Savings
 
 RunState = Literal["registered", "running", "silent", "finished"]
 """registered: nothing reported yet. silent: no report for longer than expected. finished: the budget is used up."""
@@ -47,10 +49,13 @@ class RunSpecification(FrozenModel):
     mode: Literal["active", "shadow"] = "active"
     """shadow: decide and record, change nothing."""
     description: Annotated[str, Field(max_length=2000)] = ""
+    schedule: Annotated[tuple[FiniteFloat, ...], Field(max_length=1024)] = ()
+    """For projections: learning-rate factors at evenly spaced points of the budget, its two ends included."""
 
     @model_validator(mode="after")
     def _reachable_and_measurable(self) -> Self:
         initial_plan(self.batch, data_parallel_size=self.data_parallel_size)
+        check_policy(self.policy, self.facts)
         geometries = [group.geometry for group in self.parameter_groups]
         wanted = self.policy.geometry
         if wanted is not None and geometries and wanted not in geometries:
@@ -59,6 +64,11 @@ class RunSpecification(FrozenModel):
                 f"groups have {', '.join(sorted(set(geometries)))}."
             )
         return self
+
+    @property
+    def facts(self) -> RunFacts:
+        """What policies may know of it."""
+        return RunFacts(self.batch, self.budget_samples, self.tokens_per_sample)
 
 
 class Registration(FrozenModel):
@@ -80,6 +90,7 @@ class RegistrationReply(FrozenModel):
     plan: BatchPlan
     policy: AnyPolicyConfig
     policy_revision: Count
+    override: Override | None = None
 
 
 class IngestReply(FrozenModel):
@@ -92,6 +103,11 @@ class IngestReply(FrozenModel):
     decision: Decision | None
     """The decision about the last measurement of this attempt."""
     policy_revision: Count
+    """Grows by one with every word of an operator."""
+    policy: AnyPolicyConfig | None = None
+    """Where an operator has spoken: the policy now, so that the trainer's own fold follows it through an outage."""
+    override: Override | None = None
+    """What an operator has put above the policy."""
 
 
 class RunView(FrozenModel):
@@ -150,19 +166,15 @@ class DecisionPage(FrozenModel):
     next_cursor: str | None
 
 
-class ProjectedStage(FrozenModel):
-    """A batch that is known to come."""
-
-    samples_seen: Count
-    global_batch_size: PositiveCount
-    learning_rate_factor: FiniteFloat
-
-
 class ScheduleView(FrozenModel):
     """GET /runs/{run_id}/schedule: the plans so far, oldest first, and what is known to come."""
 
     run_id: RunId
     attempt: Count
     plans: tuple[BatchPlan, ...]
-    projection: tuple[ProjectedStage, ...]
-    """The stages ahead of an open-loop policy; empty for policies that depend on what will be measured."""
+    projection: Projection | None
+    """What is expected to come; None before the first measurement and after the last."""
+    savings: Savings | None
+    """None before the first measurement."""
+    advised_data_parallel_size: PositiveCount
+    """The most ranks that the present batch keeps busy with whole micro-batches."""

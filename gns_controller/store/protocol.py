@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, Protocol, TypeVar
 
-from gns_controller.core.contract import Decision, NoiseScaleMeasurement
+from gns_controller.core.contract import Decision, NoiseScaleMeasurement, Override
 from gns_controller.core.policies import AnyPolicyConfig, PolicyState
 from gns_controller.core.runs import RunSpecification
 
@@ -45,6 +45,8 @@ class RunHead:
     last_report_at: datetime | None = None
     usual_gap_seconds: float | None = None
     """Moving average of the time between two reports."""
+    override: Override | None = None
+    """An operator's word above the policy."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class LocalController:
             self._specification.policy,
             self._state,
             measurement,
-            rules=self._specification.batch,
+            facts=self._specification.facts,
             follow_trainer=self._specification.mode == "active",
         )
         self._decisions[measurement.optimizer_step] = decision

@@ -1,42 +1,115 @@
 """Policies: pure folds from measurements to decisions, one file each.
 
-    decide(config, state, measurement, rules=...) -> (state, decision)
+    decide(config, state, measurement, facts=...) -> (state, decision)
 
 The service, the trainer and replay call this one function on the same ordered measurements, so they agree.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from gns_controller.core.batch_arithmetic import BatchRules
-from gns_controller.core.contract import Decision, NoiseScaleMeasurement
-from gns_controller.core.policies import hold, noise_scale, stages
-from gns_controller.core.policies.fold import PolicyState, Proposal, adopt, conclude, initial_plan, observe, plan_for
+from gns_controller.core.contract import Decision, NoiseScaleMeasurement, Override, Reason
+from gns_controller.core.errors import InvalidInputError
+from gns_controller.core.policies import (
+    critical_batch_table,
+    decay_to_ramp,
+    goodput,
+    grow_once,
+    hold,
+    inner_product_test,
+    linear_ramp,
+    noise_scale,
+    norm_test,
+    progress,
+    stages,
+)
+from gns_controller.core.policies.concluding import conclude, initial_plan, plan_for
+from gns_controller.core.policies.critical_batch_table import CriticalBatch, CriticalBatchTablePolicyConfig
+from gns_controller.core.policies.decay_to_ramp import DecayToRampPolicyConfig
+from gns_controller.core.policies.frame import PolicyConfig, PolicyState, Proposal, RunFacts, Situation
+from gns_controller.core.policies.goodput import GoodputPolicyConfig
+from gns_controller.core.policies.grow_once import GrowOncePolicyConfig
+from gns_controller.core.policies.guards import guarded, reachable
 from gns_controller.core.policies.hold import HoldPolicyConfig
+from gns_controller.core.policies.inner_product_test import InnerProductTestPolicyConfig
+from gns_controller.core.policies.lengths import counts_tokens
+from gns_controller.core.policies.linear_ramp import LinearRampPolicyConfig
 from gns_controller.core.policies.noise_scale import NoiseScalePolicyConfig
+from gns_controller.core.policies.norm_test import NormTestPolicyConfig
+from gns_controller.core.policies.observing import adopt, observe
+from gns_controller.core.policies.progress import ProgressPolicyConfig
 from gns_controller.core.policies.stages import Stage, StagesPolicyConfig
 from gns_controller.core.smoothing import NOTHING_SEEN, Judgement
 
 __all__ = [
     "AnyPolicyConfig",
+    "CriticalBatch",
+    "CriticalBatchTablePolicyConfig",
+    "DecayToRampPolicyConfig",
+    "GoodputPolicyConfig",
+    "GrowOncePolicyConfig",
     "HoldPolicyConfig",
+    "InnerProductTestPolicyConfig",
+    "LinearRampPolicyConfig",
     "NoiseScalePolicyConfig",
+    "NormTestPolicyConfig",
     "PolicyState",
+    "ProgressPolicyConfig",
+    "RunFacts",
     "Stage",
     "StagesPolicyConfig",
+    "check_policy",
     "decide",
     "initial_plan",
     "initial_state",
     "plan_for",
+    "propose_and_conclude",
 ]
 
 AnyPolicyConfig = Annotated[
-    HoldPolicyConfig | StagesPolicyConfig | NoiseScalePolicyConfig, Field(discriminator="policy")
+    HoldPolicyConfig
+    | StagesPolicyConfig
+    | LinearRampPolicyConfig
+    | GrowOncePolicyConfig
+    | DecayToRampPolicyConfig
+    | CriticalBatchTablePolicyConfig
+    | NoiseScalePolicyConfig
+    | ProgressPolicyConfig
+    | NormTestPolicyConfig
+    | InnerProductTestPolicyConfig
+    | GoodputPolicyConfig,
+    Field(discriminator="policy"),
 ]
 """Chosen by its `policy` field."""
+
+_PROPOSE: dict[type[PolicyConfig], Callable[[Any, Situation], Proposal]] = {
+    HoldPolicyConfig: hold.propose,
+    StagesPolicyConfig: stages.propose,
+    LinearRampPolicyConfig: linear_ramp.propose,
+    GrowOncePolicyConfig: grow_once.propose,
+    DecayToRampPolicyConfig: decay_to_ramp.propose,
+    CriticalBatchTablePolicyConfig: critical_batch_table.propose,
+    NoiseScalePolicyConfig: noise_scale.propose,
+    ProgressPolicyConfig: progress.propose,
+    NormTestPolicyConfig: norm_test.propose,
+    InnerProductTestPolicyConfig: inner_product_test.propose,
+    GoodputPolicyConfig: goodput.propose,
+}
+
+OPEN_LOOP = (
+    HoldPolicyConfig,
+    StagesPolicyConfig,
+    LinearRampPolicyConfig,
+    GrowOncePolicyConfig,
+    DecayToRampPolicyConfig,
+    CriticalBatchTablePolicyConfig,
+)
+"""Policies that go on where a measurement holds nothing to learn from."""
 
 
 def initial_state(rules: BatchRules, *, data_parallel_size: int) -> PolicyState:
@@ -44,14 +117,39 @@ def initial_state(rules: BatchRules, *, data_parallel_size: int) -> PolicyState:
     return PolicyState(plan=initial_plan(rules, data_parallel_size=data_parallel_size))
 
 
+def check_policy(config: AnyPolicyConfig, facts: RunFacts) -> None:
+    """Whether this policy can steer this run.
+
+    Raises:
+        InvalidInputError: it counts tokens and the run does not; or its coupling would be a second rule on one change.
+    """
+    if facts.tokens_per_sample is None and counts_tokens(config):
+        raise InvalidInputError("the policy counts tokens: the run has to say its tokens_per_sample.")
+    least, most = config.minimum_batch_size, config.maximum_batch_size
+    if least is not None and most is not None and least > most:
+        raise InvalidInputError("minimum_batch_size is above maximum_batch_size: no batch is left.")
+    coupling = facts.rules.learning_rate_coupling
+    if isinstance(config, DecayToRampPolicyConfig):
+        if coupling not in ("sqrt", "seesaw"):
+            raise InvalidInputError(
+                f"decay_to_ramp trades decay for batch along lr / sqrt(batch); learning_rate_coupling={coupling!r} "
+                "would be another trade. Use 'sqrt' or 'seesaw'."
+            )
+    elif coupling == "seesaw":
+        raise InvalidInputError(
+            "learning_rate_coupling='seesaw' belongs to the policy decay_to_ramp; other ramps want 'sqrt'."
+        )
+
+
 def decide(
     config: AnyPolicyConfig,
     state: PolicyState,
     measurement: NoiseScaleMeasurement,
     *,
-    rules: BatchRules,
+    facts: RunFacts,
     policy_revision: int = 0,
     follow_trainer: bool = True,
+    override: Override | None = None,
 ) -> tuple[PolicyState, Decision]:
     """One step of the fold.
 
@@ -59,37 +157,58 @@ def decide(
         config: which policy, and its settings.
         state: what the last step returned, or `initial_state`.
         measurement: the next one in order; readings that are missing or not finite leave the averages alone.
-        rules: which batches exist.
+        facts: which batches exist, the budget, tokens per sample.
         policy_revision: recorded in the decision.
         follow_trainer: take the batch in force from the measurement (service, trainer). False asks what this policy
             would have done on a recording made under another one (replay).
+        override: an operator's word, above the policy and its guards.
     """
     if follow_trainer:
-        state = adopt(state, measurement, rules=rules)
+        state = adopt(state, measurement, facts=facts)
     state, learned = observe(config, state, measurement)
     judged = state.smoothed.judged() if state.smoothed else NOTHING_SEEN
-    proposal = _propose(config, state, measurement, judged)
-    if learned != "hold" and isinstance(config, NoiseScalePolicyConfig):
-        because = {
-            "hold_not_finite": "this reading is not finite and is left out.",
-            "hold_no_reading": f"this report holds no {config.estimator} reading that this policy follows.",
-        }[learned]
-        proposal = Proposal(None, learned, because)
-    return conclude(
-        state, measurement, proposal, judged, rules=rules, policy=config.policy, policy_revision=policy_revision
+    return propose_and_conclude(
+        config,
+        state,
+        measurement,
+        judged,
+        facts=facts,
+        policy_revision=policy_revision,
+        override=override,
+        learned=learned,
     )
 
 
-def _propose(
+def propose_and_conclude(
     config: AnyPolicyConfig,
     state: PolicyState,
     measurement: NoiseScaleMeasurement,
     judged: Judgement,
-) -> Proposal:
-    match config:
-        case HoldPolicyConfig():
-            return hold.propose(config, state, measurement)
-        case StagesPolicyConfig():
-            return stages.propose(config, state, measurement)
-        case NoiseScalePolicyConfig():
-            return noise_scale.propose(config, state, measurement, judged)
+    *,
+    facts: RunFacts,
+    policy_revision: int = 0,
+    override: Override | None = None,
+    learned: Reason = "hold",
+) -> tuple[PolicyState, Decision]:
+    """The second half of the fold: nothing is learned any more. `learned` says why not, where nothing was."""
+    situation = Situation(state, measurement, judged, facts)
+    if override is not None:
+        proposal = _overridden(override, situation)
+    elif learned != "hold" and not isinstance(config, OPEN_LOOP):
+        because = {
+            "hold_not_finite": "this reading is not finite and is left out",
+            "hold_no_reading": f"this report holds no {config.estimator} reading that this policy follows",
+        }[learned]
+        proposal = Proposal(None, learned, because)
+    else:
+        proposal = guarded(config, situation, _PROPOSE[type(config)](config, situation))
+    return conclude(situation, proposal, policy=config.policy, policy_revision=policy_revision)
+
+
+def _overridden(override: Override, situation: Situation) -> Proposal:
+    if override.kind == "hold" or override.global_batch_size is None:
+        return Proposal(None, "override", "an operator holds this batch")
+    pinned = override.global_batch_size
+    batch_size = reachable(pinned, situation.facts.rules, situation.measurement.data_parallel_size, up=False)
+    because = f"an operator pins {pinned} samples"
+    return Proposal(None if batch_size == situation.batch_size else batch_size, "override", because, pinned)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from gns_controller.core.contract import NoiseScaleMeasurement
-from gns_controller.core.policies.fold import PolicyConfig, PolicyState, Proposal
+from gns_controller.core.policies.frame import PolicyConfig, Proposal, Situation, hold
 
 
 class HoldPolicyConfig(PolicyConfig):
@@ -14,6 +13,6 @@ class HoldPolicyConfig(PolicyConfig):
     policy: Literal["hold"] = "hold"
 
 
-def propose(config: HoldPolicyConfig, state: PolicyState, measurement: NoiseScaleMeasurement) -> Proposal:
+def propose(config: HoldPolicyConfig, situation: Situation) -> Proposal:
     """Always the present batch."""
-    return Proposal(None, "hold", "this run holds its batch.")
+    return hold("hold", "this run holds its batch")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gns_controller.core.aggregation import Aggregation, summed, weighted_by_learning_rate
 from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import Decision, GroupReading, NoiseScaleMeasurement
-from gns_controller.core.policies import HoldPolicyConfig, NoiseScalePolicyConfig, PolicyState, decide, initial_state
+from gns_controller.core.policies import HoldPolicyConfig, NoiseScalePolicyConfig, PolicyState, RunFacts, decide, initial_state
 from gns_controller.core.replay import replay
 from gns_controller.core.runs import RunSpecification
 from tests.gns_controller.core.measurements import measurement, reading
@@ -200,7 +200,7 @@ def test_max_leaves_out_groups_that_cannot_be_told_from_noise() -> None:
 def test_only_max_keeps_an_average_per_group() -> None:
     def state_after(aggregation: Aggregation, state: PolicyState) -> PolicyState:
         config = NoiseScalePolicyConfig(aggregation=aggregation)
-        return decide(config, state, measurement(1, MATRICES, REST), rules=RULES)[0]
+        return decide(config, state, measurement(1, MATRICES, REST), facts=RunFacts(RULES))[0]
 
     for aggregation in get_args(Aggregation):
         state = state_after(aggregation, initial_state(RULES, data_parallel_size=2))
@@ -213,7 +213,7 @@ def test_max_forgets_a_group_that_is_no_longer_measured() -> None:
     config = NoiseScalePolicyConfig(aggregation="max")
     state = initial_state(RULES, data_parallel_size=2)
     for step, readings in enumerate([(MATRICES, REST), (MATRICES,), (MATRICES, REST)], start=1):
-        state, _ = decide(config, state, measurement(step, *readings), rules=RULES)
+        state, _ = decide(config, state, measurement(step, *readings), facts=RunFacts(RULES))
     assert [average.noise_sq.count for average in state.groups] == [3, 1]
 
 
@@ -236,7 +236,7 @@ def test_averages_begin_anew_where_another_quantity_is_followed(before: dict[str
     state = initial_state(RULES, data_parallel_size=2)
     counts = []
     for changes in (before, before, after, after):
-        state, _ = decide(NoiseScalePolicyConfig(**changes), state, report, rules=RULES)
+        state, _ = decide(NoiseScalePolicyConfig(**changes), state, report, facts=RunFacts(RULES))
         assert state.smoothed is not None
         counts.append(state.smoothed.noise_sq.count)
     assert counts == [1, 2, 1, 2]
