@@ -1,4 +1,4 @@
-"""The recorded runs of the published method, through the importer, as its rule saw them. Present beside some checkouts."""
+"""The recorded runs of the published method, through the importer, as its rule saw them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import NoiseScaleMeasurement, Span
-from gns_controller.core.policies import NoiseScalePolicyConfig
-from gns_controller.core.policies.hold import HoldPolicyConfig
+from gns_controller.core.policies import HoldPolicyConfig, NoiseScalePolicyConfig
 from gns_controller.core.runs import RunSpecification
 from gns_controller.recordings import ImportDefaults, Recording, read_recording
 
