@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from gns_controller.core.errors import InvalidInputError
-from gns_controller.recordings import read_recording
+from gns_controller.recordings import Format, ImportDefaults, read_recording
+from gns_controller.recordings.columns import ALIASES
 
 
 def refused(path: object, **how: Any) -> str:
@@ -39,3 +42,23 @@ def test_what_is_no_recording_is_refused_in_one_sentence(tmp_path: Path) -> None
     os.mkfifo(tmp_path / "pipe.csv")
     assert "neither a file nor a folder" in refused(tmp_path / "pipe.csv")
     assert "wandb:ENTITY/PROJECT/RUN" in refused("wandb:only/two")
+
+
+GUIDE = Path(__file__).parents[3] / "docs" / "guide" / "recordings.md"
+
+
+def test_the_guide_names_every_column_default_and_format() -> None:
+    rows = re.findall(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)*) \|", GUIDE.read_text(), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row)} | {"progress"}
+    assert named == {*ALIASES, *(field.name for field in fields(ImportDefaults))}
+    assert set(re.findall(r"^\| [^`|]*\| `([a-z_]+)` \|", GUIDE.read_text(), re.MULTILINE)) == set(get_args(Format))
+
+
+def test_the_lines_of_the_guide_replay_a_run(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    [block] = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("run.csv").write_text("step,batch_size,gns\n100,64,50\n200,64,60\n")
+    exec(compile(block, "recordings.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "100 64 -> 128 samples" in printed
+    assert "noise_scale from 'gns'" in printed
