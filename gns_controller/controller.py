@@ -6,24 +6,30 @@ one run are decided in the order in which they are stored.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import get_args
+from typing import Any, get_args
 
-from gns_controller.core.contract import Decision, NoiseScaleMeasurement
+from gns_controller import controls
+from gns_controller.core.contract import Decision, NoiseScaleMeasurement, Override
 from gns_controller.core.errors import (
     InvalidInputError,
+    ReplayBusyError,
+    ReplayTooLongError,
     RunConflictError,
     StaleAttemptError,
     UnknownAttemptError,
     UnknownRunError,
 )
-from gns_controller.core.policies import PolicyState, decide, initial_state
+from gns_controller.core.policies import AnyPolicyConfig, PolicyState, decide, initial_state
+from gns_controller.core.replay import ReplayReport, compare
 from gns_controller.core.runs import (
     IngestReply,
+    PolicyView,
     Registration,
     RegistrationReply,
     RunSpecification,
@@ -33,7 +39,8 @@ from gns_controller.core.runs import (
 )
 from gns_controller.listeners import Listeners
 from gns_controller.metrics import LiveRun, LiveRuns, Metrics
-from gns_controller.store import EntryKind, LogEntry, MeasurementBody, NewEntry, RunHead, Store, Transaction
+from gns_controller.projections import Projections
+from gns_controller.store import LogEntry, MeasurementBody, NewEntry, RunHead, Store, Transaction
 from gns_controller.views import live_run_of, run_state, schedule_view, view_of
 
 _GAP_WEIGHT = 0.2
@@ -41,6 +48,12 @@ _GAP_WEIGHT = 0.2
 
 _MAX_PLANS = 1000
 """Most plans in a schedule; the newest are kept."""
+
+_MAX_FOLDED_PER_SCRAPE = 20
+"""Projections made for one scrape, each 10 ms; other runs go without until the next."""
+
+_REPLAY_PAGE = 1000
+"""Log lines read at once."""
 
 _MAX_RECENT_RUNS = 1000
 """Runs counted by state at a scrape."""
@@ -64,6 +77,7 @@ class Controller:
         silent_after_seconds: see settings.
         metrics_retention_seconds: see settings.
         metrics_max_runs: see settings.
+        replay_max_measurements: see settings.
     """
 
     def __init__(
@@ -75,6 +89,7 @@ class Controller:
         silent_after_seconds: float = 300.0,
         metrics_retention_seconds: float = 3600.0,
         metrics_max_runs: int = 200,
+        replay_max_measurements: int = 100_000,
     ) -> None:
         self.listeners = Listeners()
         self._store = store
@@ -83,6 +98,9 @@ class Controller:
         self._silent_after_seconds = silent_after_seconds
         self._retention = timedelta(seconds=metrics_retention_seconds)
         self._max_runs = metrics_max_runs
+        self._replay_max_measurements = replay_max_measurements
+        self._replaying = threading.Lock()
+        self._projections = Projections()
 
     def register(self, run_id: str, registration: Registration) -> Future[Registered]:
         """Announce an incarnation of a run; the same one again changes nothing.
@@ -131,38 +149,120 @@ class Controller:
         heads = self._store.heads(limit=limit, before=before)
         return [(head.registered_sequence, view_of(head, state=self._state(head))) for head in heads]
 
+    def policy(self, run_id: str) -> PolicyView:
+        """Who decides about a run.
+
+        Raises:
+            UnknownRunError: no run has this name.
+        """
+        return controls.policy_view(self._head(run_id))
+
+    def set_policy(
+        self, run_id: str, policy: AnyPolicyConfig, *, revisions: Collection[int] | None, note: str = ""
+    ) -> Future[PolicyView]:
+        """Let this policy decide from the next measurement on.
+
+        The future raises InvalidInputError if it cannot steer this run; for `revisions` and the rest see
+        `controls.speak`.
+        """
+        return self._speak(run_id, controls.new_policy(policy, note=note), revisions)
+
+    def set_override(self, run_id: str, override: Override, *, revisions: Collection[int] | None) -> Future[PolicyView]:
+        """Put this above the policy from the next measurement on.
+
+        The future raises BatchShapeError if the present ranks cannot make a pinned batch.
+        """
+        return self._speak(run_id, controls.new_override(override), revisions)
+
+    def release_override(self, run_id: str, *, revisions: Collection[int] | None, note: str = "") -> Future[PolicyView]:
+        """Give the word back to the policy. The future raises NoOverrideError if it has it."""
+        return self._speak(run_id, controls.release(note=note), revisions)
+
+    def replay(
+        self, run_id: str, *, policy: AnyPolicyConfig | None = None, follow_trainer: bool | None = None
+    ) -> ReplayReport:
+        """Fold the run's log again: as it was, or with another policy. Takes long; one at a time.
+
+        Args:
+            run_id: name of the run.
+            policy: what to ask instead of what ran; operators' words are then left out.
+            follow_trainer: see `core.replay.replay`; None: as the service did it for what ran, not at all for another
+                policy.
+
+        Raises:
+            UnknownRunError: no run has this name.
+            ReplayTooLongError: more measurements than the settings allow.
+            ReplayBusyError: another one is running.
+            InvalidInputError: the policy cannot steer this run.
+        """
+        head = self._head(run_id)
+        if policy is not None:
+            controls.check_for(head.specification, policy)
+        limit = self._replay_max_measurements
+        if head.num_measurements > limit:
+            raise ReplayTooLongError(run_id, num_measurements=head.num_measurements, limit=limit)
+        if follow_trainer is None:
+            follow_trainer = policy is None and head.specification.mode == "active"
+        if not self._replaying.acquire(blocking=False):
+            raise ReplayBusyError()
+        try:
+            events, decisions = controls.replay_events(self._log(head, until=head.measurement_sequence or 0))
+            try:
+                return compare(
+                    head.specification, events, recorded=decisions, follow_trainer=follow_trainer, policy=policy
+                )
+            except (ValueError, ArithmeticError):  # as in _decide
+                raise InvalidInputError(
+                    "this policy leads to a plan that cannot be written down: the run's counts are too large for it, "
+                    "or its numbers are extreme."
+                ) from None
+        finally:
+            self._replaying.release()
+
     def entries(
         self,
         run_id: str,
         *,
         limit: int,
-        kind: EntryKind | None = None,
+        measurements: bool | None = None,
         after: int | None = None,
         descending: bool = False,
     ) -> list[LogEntry]:
-        """The log of one run, beyond position `after`.
+        """The log of one run, beyond position `after`: all, measurements only, or everything else.
 
         Raises:
             UnknownRunError: no run has this name.
         """
-        entries = self._store.entries(run_id, limit=limit, kind=kind, after=after, descending=descending)
+        entries = self._store.entries(
+            run_id, limit=limit, measurements=measurements, after=after, descending=descending
+        )
         if not entries:
             self._head(run_id)
         return entries
 
     def schedule(self, run_id: str) -> ScheduleView:
-        """The plans so far and what is known to come.
+        """The plans so far and what is expected to come.
 
         Raises:
             UnknownRunError: no run has this name.
         """
         head = self._head(run_id)
-        return schedule_view(head, self._store.plan_changes(run_id, limit=_MAX_PLANS))
+        return schedule_view(head, self._store.plan_changes(run_id, limit=_MAX_PLANS), self._projections.present(head))
+
+    def place_in_schedule(self, run_id: str) -> tuple[int, int]:
+        """Attempt and version of the present plan: all that somebody who waits for a plan has to look at.
+
+        Raises:
+            UnknownRunError: no run has this name.
+        """
+        head = self._head(run_id)
+        return head.attempt, head.state.plan.version
 
     def live_runs(self) -> LiveRuns:
         """What /metrics shows: recent runs, those still of interest in detail."""
         now = self._clock()
         runs: list[LiveRun] = []
+        num_folded = 0
         states: dict[RunState, int] = dict.fromkeys(get_args(RunState), 0)
         horizon = max(self._retention, timedelta(seconds=self._silent_after_seconds), timedelta(days=1))
         for head in self._store.recent_heads(limit=_MAX_RECENT_RUNS, since=now - horizon):
@@ -171,7 +271,12 @@ class Controller:
             quiet = now - max(head.last_report_at or head.attempt_at, head.attempt_at)
             is_over = state in ("finished", "silent") and quiet > self._retention
             if not is_over and len(runs) < self._max_runs:
-                runs.append(live_run_of(head, state=state))
+                steps_left = self._projections.recent_steps_left(head)
+                if steps_left is None and num_folded < _MAX_FOLDED_PER_SCRAPE:
+                    num_folded += 1
+                    projection = self._projections.present(head)
+                    steps_left = None if projection is None else projection.steps_left.expected
+                runs.append(live_run_of(head, state=state, steps_left=steps_left))
         return LiveRuns(runs, states)
 
     def check(self) -> None:
@@ -195,7 +300,25 @@ class Controller:
     def _state(self, head: RunHead) -> RunState:
         return run_state(head, now=self._clock(), silent_after_seconds=self._silent_after_seconds)
 
-    def _announce(self, run_id: str, done: Future[Registered]) -> None:
+    def _speak(self, run_id: str, speech: controls.Speech, revisions: Collection[int] | None) -> Future[PolicyView]:
+        future = self._store.submit(
+            lambda transaction: controls.policy_view(
+                controls.speak(transaction, run_id, speech, revisions=revisions, now=self._clock())
+            )
+        )
+        future.add_done_callback(lambda done: self._announce(run_id, done))
+        return future
+
+    def _log(self, head: RunHead, *, until: int) -> Iterator[LogEntry]:
+        after: int | None = None
+        while page := self._store.entries(head.run_id, limit=_REPLAY_PAGE, after=after):
+            for entry in page:
+                if entry.sequence > until:
+                    return
+                yield entry
+            after = page[-1].sequence
+
+    def _announce(self, run_id: str, done: Future[Any]) -> None:
         if not done.cancelled() and done.exception() is None:
             self.listeners.notify(run_id)
 

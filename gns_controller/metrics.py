@@ -38,6 +38,12 @@ class LiveRun:
     measurement: NoiseScaleMeasurement | None
     decision: Decision | None
     last_report_timestamp_seconds: float | None
+    policy_revision: int
+    override_active: bool
+    advised_data_parallel_size: int
+    steps_saved: int | None
+    seconds_saved: float | None
+    steps_left: int | None
 
 
 class LiveRuns(NamedTuple):
@@ -94,6 +100,30 @@ RUN_METRICS = (
         lambda run: run.last_report_timestamp_seconds,
     ),
     _RunMetric("gns_run_silent", "1 while reports are overdue.", lambda run: float(run.state == "silent")),
+    _RunMetric(
+        "gns_policy_revision", "Words of operators so far: policies and overrides.", lambda run: run.policy_revision
+    ),
+    _RunMetric("gns_override_active", "1 while an operator pins or holds.", lambda run: float(run.override_active)),
+    _RunMetric(
+        "gns_advised_data_parallel_size",
+        "The most ranks that the planned batch keeps busy with whole micro-batches.",
+        lambda run: run.advised_data_parallel_size,
+    ),
+    _RunMetric(
+        "gns_optimizer_steps_saved",
+        "Steps of the constant batch of the start for the same samples, less the steps taken.",
+        lambda run: run.steps_saved,
+    ),
+    _RunMetric(
+        "gns_seconds_saved",
+        "Time of those steps at the batch of the start, less the time of the steps taken; measuring left out.",
+        lambda run: run.seconds_saved,
+    ),
+    _RunMetric(
+        "gns_projected_steps_left",
+        "Optimizer steps to the end of the budget, if everything measured stays as it is.",
+        lambda run: run.steps_left,
+    ),
 )
 """One series per run: {run_id}."""
 

@@ -93,6 +93,7 @@ def build_app(settings: Settings, *, store: SqlStore, metrics: Metrics) -> FastA
         silent_after_seconds=settings.silent_after_seconds,
         metrics_retention_seconds=settings.metrics_retention_seconds,
         metrics_max_runs=settings.metrics_max_runs,
+        replay_max_measurements=settings.replay_max_measurements,
     )
     metrics.watch(controller.live_runs, num_queued=controller.num_queued)
     return create_app(controller, settings, metrics)

@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     metrics_max_runs: Annotated[int, Field(ge=1, le=100_000)] = 200
     """Most runs with series in /metrics; those that reported last are kept."""
 
+    replay_max_measurements: Annotated[int, Field(ge=1, le=10_000_000)] = 100_000
+    """Most measurements of a run that is replayed here; longer ones are answered 413."""
+
     @field_validator("token_hashes", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:

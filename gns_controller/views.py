@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 from gns_controller.core.contract import BatchPlan
 from gns_controller.core.policies import PolicyState
-from gns_controller.core.projection import advised_data_parallel_size, project, savings
+from gns_controller.core.projection import Projection, Savings, advised_data_parallel_size, savings
 from gns_controller.core.runs import Registration, RunState, RunView, ScheduleView
 from gns_controller.metrics import LiveRun
 from gns_controller.store import LogEntry, RunHead
@@ -48,11 +48,15 @@ def view_of(head: RunHead, *, state: RunState) -> RunView:
         num_measurements=head.num_measurements,
         registered_at=head.registered_at,
         last_report_at=head.last_report_at,
+        override=head.override,
+        savings=_savings(head),
+        advised_data_parallel_size=advised_data_parallel_size(head.state, facts=head.specification.facts),
     )
 
 
-def live_run_of(head: RunHead, *, state: RunState) -> LiveRun:
+def live_run_of(head: RunHead, *, state: RunState, steps_left: int | None) -> LiveRun:
     """The run as /metrics shows it."""
+    saved = _savings(head)
     plan, measurement = head.state.plan, head.last_measurement
     return LiveRun(
         run_id=head.run_id,
@@ -64,11 +68,17 @@ def live_run_of(head: RunHead, *, state: RunState) -> LiveRun:
         measurement=measurement,
         decision=head.last_decision,
         last_report_timestamp_seconds=head.last_report_at.timestamp() if head.last_report_at else None,
+        policy_revision=head.policy_revision,
+        override_active=head.override is not None,
+        advised_data_parallel_size=advised_data_parallel_size(head.state, facts=head.specification.facts),
+        steps_saved=saved.steps_saved if saved else None,
+        seconds_saved=saved.seconds_saved if saved else None,
+        steps_left=steps_left,
     )
 
 
-def schedule_view(head: RunHead, plan_changes: Iterable[LogEntry]) -> ScheduleView:
-    """The plans that led to the present one, and the stages ahead.
+def schedule_view(head: RunHead, plan_changes: Iterable[LogEntry], projection: Projection | None) -> ScheduleView:
+    """The plans that led to the present one, and what is expected to come.
 
     A restart from an older checkpoint undoes the plans beyond it: they are in the decisions, not in the schedule.
     """
@@ -80,17 +90,16 @@ def schedule_view(head: RunHead, plan_changes: Iterable[LogEntry]) -> ScheduleVi
         plan = PolicyState.model_validate_json(entry.state).plan
         if not plans or plans[-1] != plan:
             plans.append(plan)
-    last, facts = head.last_measurement, head.specification.facts
-    projection = None
-    if last is not None and last.samples_seen < head.specification.budget_samples:
-        projection = project(
-            head.policy, head.state, last, facts=facts, schedule=head.specification.schedule, override=head.override
-        )
     return ScheduleView(
         run_id=head.run_id,
         attempt=head.attempt,
         plans=tuple(plans),
         projection=projection,
-        savings=savings(head.state, last, facts=facts) if last is not None else None,
-        advised_data_parallel_size=advised_data_parallel_size(head.state, facts=facts),
+        savings=_savings(head),
+        advised_data_parallel_size=advised_data_parallel_size(head.state, facts=head.specification.facts),
     )
+
+
+def _savings(head: RunHead) -> Savings | None:
+    last = head.last_measurement
+    return None if last is None else savings(head.state, last, facts=head.specification.facts)

@@ -48,6 +48,8 @@ SERVICE = {
     "gns_controller.settings": (10, {"pydantic", "pydantic_settings"}),
     "gns_controller.tokens": (10, set()),
     "gns_controller.listeners": (10, set()),
+    "gns_controller.projections": (11, set()),
+    "gns_controller.controls": (11, {"pydantic"}),
     "gns_controller.views": (11, set()),
     "gns_controller.controller": (12, set()),
     "gns_controller.web": (13, {"fastapi", "starlette", "pydantic", "pydantic_core", "prometheus_client"}),

@@ -13,7 +13,11 @@ GnsError
 │   ├── UnknownRunError
 │   │   └── UnknownAttemptError         the database was restored from before its registration
 │   ├── RunConflictError                the run exists with another specification
-│   └── StaleAttemptError               a newer incarnation of the run has registered
+│   ├── StaleAttemptError               a newer incarnation of the run has registered
+│   ├── RevisionConflictError           somebody else has changed the policy or the override meanwhile
+│   ├── NoOverrideError                 there is nothing to release
+│   ├── ReplayTooLongError              more measurements than the service replays
+│   └── ReplayBusyError                 another replay is running: try again later
 └── StoreError
     ├── StoreUnavailableError           disk full, database gone: try again later, nothing was recorded
     ├── StoreBusyError                  too much is queued: try again later, nothing was recorded
@@ -111,6 +115,44 @@ class StaleAttemptError(RunError):
         self.run_id = run_id
         self.attempt = attempt
         self.current_attempt = current_attempt
+
+
+class RevisionConflictError(RunError):
+    """The operator spoke about another revision of the policy than the present one."""
+
+    def __init__(self, run_id: str, *, policy_revision: int) -> None:
+        super().__init__(
+            f"policy and override of run {run_id!r} are at revision {policy_revision} now, which is not the one that "
+            "was asked for. Read them again, and decide again."
+        )
+        self.run_id = run_id
+        self.policy_revision = policy_revision
+
+
+class NoOverrideError(RunError):
+    """There is nothing to release."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(f"run {run_id!r} has no override: its policy decides already.")
+        self.run_id = run_id
+
+
+class ReplayTooLongError(RunError):
+    """More measurements than the service replays."""
+
+    def __init__(self, run_id: str, *, num_measurements: int, limit: int) -> None:
+        super().__init__(
+            f"run {run_id!r} has {num_measurements} measurements, and this controller replays at most {limit}. Export "
+            "it and replay it where you are: `gns-controller run export`, `gns-controller replay`."
+        )
+        self.run_id = run_id
+
+
+class ReplayBusyError(RunError):
+    """Another replay is running."""
+
+    def __init__(self) -> None:
+        super().__init__("another replay is running, and this controller does one at a time.")
 
 
 class StoreError(GnsError):

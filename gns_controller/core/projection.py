@@ -6,6 +6,7 @@ schedule goes on as registered. The interval repeats that with both ends of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -181,7 +182,8 @@ def savings(state: PolicyState, last: NoiseScaleMeasurement, *, facts: RunFacts)
     seconds = None
     if timing is not None and state.timed_steps:
         taken = state.timed_seconds * last.optimizer_step / state.timed_steps
-        seconds = constant_steps * timing.step_seconds - taken
+        difference = constant_steps * timing.step_seconds - taken
+        seconds = difference if math.isfinite(difference) else None
     return Savings(
         constant_batch_size=first,
         constant_steps=constant_steps,

@@ -23,6 +23,8 @@ class Resumed(NamedTuple):
     """An incarnation of the run began, from a checkpoint with that many completed steps; the first with 0."""
 
     resume_step: int
+    data_parallel_size: int | None = None
+    """Ranks that it registered with; None: those of its first measurement."""
 
 
 class Controlled(NamedTuple):
@@ -58,17 +60,19 @@ def replay(
         policy: ask this one instead, all run long; operators' words are then left out.
     """
     present, revision, override = policy or config.policy, 0, None
+    ranks: int | None = None
     decisions: list[Decision] = []
     state: PolicyState | None = None
     known: list[tuple[int, PolicyState]] = []
     for event in events:
         if isinstance(event, Resumed):
             state = next((kept for step, kept in reversed(known) if step <= event.resume_step), None)
+            ranks = event.data_parallel_size
         elif isinstance(event, Controlled):
             if policy is None:
                 present, revision, override = event
         else:
-            state = state or initial_state(config.batch, data_parallel_size=event.data_parallel_size)
+            state = state or initial_state(config.batch, data_parallel_size=ranks or event.data_parallel_size)
             state, decision = decide(
                 present,
                 state,

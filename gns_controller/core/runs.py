@@ -29,6 +29,10 @@ RunState = Literal["registered", "running", "silent", "finished"]
 """registered: nothing reported yet. silent: no report for longer than expected. finished: the budget is used up."""
 
 
+ControlAction = Literal["policy", "override", "release"]
+"""What an operator did."""
+
+
 class RunSpecification(FrozenModel):
     """What a run is: fixed for all its attempts. Registering the same name with another one is a conflict."""
 
@@ -127,6 +131,25 @@ class RunView(FrozenModel):
     num_measurements: Count
     registered_at: datetime
     last_report_at: datetime | None
+    override: Override | None
+    """What an operator has put above the policy."""
+    savings: Savings | None
+    """The run so far beside one that kept the batch of the start; None before the first measurement."""
+    advised_data_parallel_size: PositiveCount
+    """The most ranks that the present batch keeps busy with whole micro-batches."""
+
+
+class PolicyView(FrozenModel):
+    """Who decides about a run: GET /runs/{run_id}/policy, and the answer to every word of an operator."""
+
+    run_id: RunId
+    policy: AnyPolicyConfig
+    policy_revision: Count
+    """Grows by one with every word of an operator; also the ETag."""
+    override: Override | None
+    """Above the policy until it is released."""
+    changed_at: datetime | None
+    """When an operator last spoke; None: never."""
 
 
 class RecordedMeasurement(FrozenModel):
@@ -143,6 +166,41 @@ class RecordedDecision(FrozenModel):
     sequence: Count
     decided_at: datetime
     decision: Decision
+
+
+class RecordedAttempt(FrozenModel):
+    """An incarnation that registered."""
+
+    action: Literal["registered"] = "registered"
+    sequence: Count
+    received_at: datetime
+    attempt: Count
+    resume_step: Count
+    """Completed steps in the checkpoint it started from."""
+    data_parallel_size: PositiveCount
+
+
+class RecordedControl(FrozenModel):
+    """A word of an operator, and what held from then on."""
+
+    action: ControlAction
+    sequence: Count
+    received_at: datetime
+    policy: AnyPolicyConfig
+    policy_revision: Count
+    override: Override | None
+    note: str = ""
+
+
+RecordedEvent = Annotated[RecordedAttempt | RecordedControl, Field(discriminator="action")]
+"""What happened between measurements. With them, in the order of `sequence`, it is all that replay needs."""
+
+
+class ControlPage(FrozenModel):
+    """GET /runs/{run_id}/controls."""
+
+    items: tuple[RecordedEvent, ...]
+    next_cursor: str | None
 
 
 class RunPage(FrozenModel):

@@ -2,6 +2,16 @@
 
 from gns_controller.store.protocol import EntryKind, LogEntry, NewEntry, RunHead, Store, Transaction
 from gns_controller.store.sql import SqlStore
-from gns_controller.store.transaction import MeasurementBody
+from gns_controller.store.transaction import ControlBody, MeasurementBody
 
-__all__ = ["EntryKind", "LogEntry", "MeasurementBody", "NewEntry", "RunHead", "SqlStore", "Store", "Transaction"]
+__all__ = [
+    "ControlBody",
+    "EntryKind",
+    "LogEntry",
+    "MeasurementBody",
+    "NewEntry",
+    "RunHead",
+    "SqlStore",
+    "Store",
+    "Transaction",
+]

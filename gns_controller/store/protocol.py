@@ -16,7 +16,7 @@ from gns_controller.core.policies import AnyPolicyConfig, PolicyState
 from gns_controller.core.runs import RunSpecification
 
 Result = TypeVar("Result")
-EntryKind = Literal["registered", "measurement"]
+EntryKind = Literal["registered", "measurement", "control"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,8 @@ class RunHead:
     """Moving average of the time between two reports."""
     override: Override | None = None
     """An operator's word above the policy."""
+    controlled_at: datetime | None = None
+    """When an operator last spoke."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +135,11 @@ class Store(Protocol):
         run_id: str,
         *,
         limit: int,
-        kind: EntryKind | None = None,
+        measurements: bool | None = None,
         after: int | None = None,
         descending: bool = False,
     ) -> list[LogEntry]:
-        """Log lines of one run, beyond sequence `after` in the chosen direction."""
+        """Log lines of one run, beyond sequence `after` in the chosen direction: all, measurements, or all others."""
         ...
 
     def plan_changes(self, run_id: str, *, limit: int) -> list[LogEntry]:

@@ -24,8 +24,8 @@ from gns_controller.store.engine import (
     running_error,
 )
 from gns_controller.store.migrate import upgrade
-from gns_controller.store.protocol import EntryKind, LogEntry, RunHead, Transaction
-from gns_controller.store.tables import log, probe, runs
+from gns_controller.store.protocol import LogEntry, RunHead, Transaction
+from gns_controller.store.tables import IS_NO_MEASUREMENT, log, probe, runs
 from gns_controller.store.transaction import SqlTransaction, select_heads, to_entry, to_head, to_microseconds
 from gns_controller.store.writer import CommitObserver, Writer
 
@@ -121,14 +121,14 @@ class SqlStore:
         run_id: str,
         *,
         limit: int,
-        kind: EntryKind | None = None,
+        measurements: bool | None = None,
         after: int | None = None,
         descending: bool = False,
     ) -> list[LogEntry]:
-        """Log lines of one run, beyond sequence `after` in the chosen direction."""
+        """Log lines of one run, beyond sequence `after` in the chosen direction: all, measurements, or all others."""
         query = select(log).where(log.c.run_id == run_id).limit(limit)
-        if kind is not None:
-            query = query.where(log.c.kind == kind)
+        if measurements is not None:
+            query = query.where(~IS_NO_MEASUREMENT if measurements else IS_NO_MEASUREMENT)
         if after is not None:
             query = query.where(log.c.sequence < after if descending else log.c.sequence > after)
         query = query.order_by(log.c.sequence.desc() if descending else log.c.sequence)

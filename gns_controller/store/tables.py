@@ -6,7 +6,7 @@ because every database keeps an integer exactly; documents are JSON text for the
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, text
 
 metadata = MetaData()
 
@@ -29,6 +29,8 @@ runs = Table(
     Column("num_measurements", _BIG, nullable=False),
     Column("last_report_at", _BIG, nullable=True),
     Column("usual_gap_seconds", Float, nullable=True),
+    Column("override", Text, nullable=True),
+    Column("controlled_at", _BIG, nullable=True),
 )
 
 log = Table(
@@ -49,8 +51,11 @@ log = Table(
     Index("log_by_plan", "run_id", "changes_plan", "sequence"),
     sqlite_autoincrement=True,
 )
-"""One row per registration (optimizer_step is NULL) and per measurement with its decision; `state` is what the
-policy remembers after it."""
+"""One row per registration and per word of an operator (optimizer_step is NULL), and per measurement with its decision;
+`state` is what the policy remembers after it."""
+IS_NO_MEASUREMENT = log.c.kind != text("'measurement'")
+Index("log_of_others", log.c.run_id, log.c.sequence, sqlite_where=IS_NO_MEASUREMENT, postgresql_where=IS_NO_MEASUREMENT)
+"""Finds the few lines between measurements without reading those."""
 
 probe = Table("probe", metadata, Column("number", Integer, primary_key=True), Column("filler", Text, nullable=False))
 """Empty but for the moment of a readiness check, which writes here."""

@@ -10,9 +10,9 @@ from pydantic import TypeAdapter
 from pydantic_core import from_json
 from sqlalchemy import Connection, Row, Select, insert, select, update
 
-from gns_controller.core.contract import Decision, FrozenModel, NoiseScaleMeasurement
+from gns_controller.core.contract import Count, Decision, FrozenModel, NoiseScaleMeasurement, Override
 from gns_controller.core.policies import AnyPolicyConfig, PolicyState
-from gns_controller.core.runs import RunSpecification
+from gns_controller.core.runs import ControlAction, RunSpecification
 from gns_controller.store.protocol import LogEntry, NewEntry, RunHead
 from gns_controller.store.tables import log, runs
 
@@ -25,6 +25,16 @@ class MeasurementBody(FrozenModel):
 
     measurement: NoiseScaleMeasurement
     decision: Decision
+
+
+class ControlBody(FrozenModel):
+    """Body of a log line of kind "control": what holds from then on, and who would want to know why."""
+
+    policy: AnyPolicyConfig
+    policy_revision: Count
+    override: Override | None
+    action: ControlAction
+    note: str = ""
 
 
 def to_microseconds(at: datetime) -> int:
@@ -81,6 +91,8 @@ def to_head(row: Row[Any]) -> RunHead:
         last_decision=None if last is None else last.decision,
         last_report_at=None if row.last_report_at is None else from_microseconds(row.last_report_at),
         usual_gap_seconds=row.usual_gap_seconds,
+        override=None if row.override is None else Override.model_validate_json(row.override),
+        controlled_at=None if row.controlled_at is None else from_microseconds(row.controlled_at),
     )
 
 
@@ -123,6 +135,8 @@ class SqlTransaction:
         if before is None or before.policy_revision != head.policy_revision:
             values["policy"] = head.policy.model_dump_json()
             values["policy_revision"] = head.policy_revision
+            values["override"] = None if head.override is None else head.override.model_dump_json()
+            values["controlled_at"] = None if head.controlled_at is None else to_microseconds(head.controlled_at)
         if before is None:
             values["run_id"] = head.run_id
             values["registered_sequence"] = head.registered_sequence

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from gns_controller.controller import Controller
 from gns_controller.metrics import Metrics
 from gns_controller.settings import Settings
-from gns_controller.web import health, news, pages, runs
+from gns_controller.web import health, news, operators, pages, runs
 from gns_controller.web.dependencies import Service
 from gns_controller.web.gate import Gate
 from gns_controller.web.openapi import describe
@@ -29,7 +29,7 @@ def create_app(controller: Controller, settings: Settings, metrics: Metrics) -> 
     )
     streams = Streams(controller.listeners, limit=settings.max_event_streams)
     app.state.service = Service(controller=controller, settings=settings, metrics=metrics, streams=streams)
-    routers = (runs.router, news.router, health.router, pages.router)
+    routers = (runs.router, operators.router, news.router, health.router, pages.router)
     for router in routers:
         app.include_router(router)
     app.state.own_routes = [route for router in routers for route in router.routes]

@@ -1,14 +1,18 @@
-"""JSON bodies, strictly: NaN is not JSON, bytes that are not UTF-8 are not either, and every fault has a pointer."""
+"""JSON bodies, strictly: NaN is not JSON, bytes that are not UTF-8 are not either, and every fault has a pointer.
+
+Also RFC 7396 merge patches of a policy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
+from gns_controller.core.policies import AnyPolicyConfig
 from gns_controller.web.problems import (
     INVALID_INPUT,
     MALFORMED_JSON,
@@ -19,48 +23,95 @@ from gns_controller.web.problems import (
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_JSON = ("application/json",)
+_MERGE_PATCH = ("application/merge-patch+json", "application/json")
 _LONGEST_POINTER = 200
+_POLICY: TypeAdapter[AnyPolicyConfig] = TypeAdapter(AnyPolicyConfig)
 
 
 def json_body(model: type[Model]) -> Callable[[Request], Coroutine[Any, Any, Model]]:
     """A dependency that reads the body as `model`."""
 
     async def read(request: Request) -> Model:
-        _require_json(request)
-        raw = await request.body()
-        try:
-            document = from_json(raw, allow_inf_nan=False)
-        except ValueError:
-            raise ProblemError(
-                MALFORMED_JSON,
-                "The body is not JSON in UTF-8. NaN and infinity are written as strings: "
-                '"NaN", "Infinity", "-Infinity".',
-            ) from None
+        document = await _document(request, _JSON)
         try:
             return model.model_validate(document)
         except ValidationError as error:
-            details = error.errors(include_url=False, include_context=True, include_input=False)
-            errors = [FieldProblem(pointer=_pointer(document, detail), detail=_sentence(detail)) for detail in details]
-            raise ProblemError(
-                INVALID_INPUT, f"The body has {len(errors)} fault(s); see `errors`.", errors=errors
-            ) from None
+            raise _problem(document, error) from None
 
     return read
 
 
-def _require_json(request: Request) -> None:
+async def merge_patch(request: Request) -> dict[str, Any]:
+    """A dependency that reads an RFC 7396 merge patch of an object."""
+    patch = await _document(request, _MERGE_PATCH)
+    if not isinstance(patch, dict):
+        errors = [FieldProblem(pointer="", detail="Should be an object with the fields to change")]
+        raise ProblemError(INVALID_INPUT, "A patch of a policy is an object.", errors=errors)
+    return patch
+
+
+def patched_policy(policy: AnyPolicyConfig, patch: Mapping[str, Any]) -> AnyPolicyConfig:
+    """The policy after a merge patch; one that names another policy replaces it: its fields mean other things.
+
+    Raises:
+        ProblemError: the result is no policy.
+    """
+    same = patch.get("policy", policy.policy) == policy.policy
+    document = merged(policy.model_dump(mode="json") if same else {}, patch)
+    try:
+        return _POLICY.validate_python(document)
+    except ValidationError as error:
+        raise _problem(document, error) from None
+
+
+def merged(target: Any, patch: Any) -> Any:
+    """RFC 7396, section 2: null takes a member out, objects are merged, everything else replaces."""
+    if not isinstance(patch, Mapping):
+        return patch
+    result = dict(target) if isinstance(target, Mapping) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = merged(result.get(key), value)
+    return result
+
+
+async def _document(request: Request, media_types: tuple[str, ...]) -> Any:
+    _require_json(request, media_types)
+    raw = await request.body()
+    try:
+        return from_json(raw, allow_inf_nan=False)
+    except ValueError:
+        raise ProblemError(
+            MALFORMED_JSON,
+            'The body is not JSON in UTF-8. NaN and infinity are written as strings: "NaN", "Infinity", "-Infinity".',
+        ) from None
+
+
+def _problem(document: Any, error: ValidationError) -> ProblemError:
+    details = error.errors(include_url=False, include_context=True, include_input=False)
+    errors = [FieldProblem(pointer=_pointer(document, detail), detail=_sentence(detail)) for detail in details]
+    return ProblemError(INVALID_INPUT, f"The body has {len(errors)} fault(s); see `errors`.", errors=errors)
+
+
+def _require_json(request: Request, media_types: tuple[str, ...]) -> None:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise ProblemError(UNSUPPORTED_MEDIA_TYPE, "Send the body with Content-Type: application/json.")
+    if media_type not in media_types:
+        raise ProblemError(UNSUPPORTED_MEDIA_TYPE, f"Send the body with Content-Type: {' or '.join(media_types)}.")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ProblemError(UNSUPPORTED_MEDIA_TYPE, "Send the body without Content-Encoding.")
 
 
 def _pointer(document: Any, error: ErrorDetails) -> str:
-    """RFC 6901. Pydantic's location also names the chosen kind of a union, which the body does not have."""
-    pointer, here = "", document
+    """RFC 6901. Pydantic's location also names the chosen policy of the union, which the body does not have there."""
+    pointer, here, told = "", document, None
     location = error["loc"]
     for index, part in enumerate(location):
+        if isinstance(here, dict) and here is not told and here.get("policy") == part:
+            told = here
+            continue
         found = part in here if isinstance(here, dict) else isinstance(here, list) and part in range(len(here))
         if found:
             here = here[part]

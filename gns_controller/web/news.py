@@ -45,10 +45,10 @@ async def schedule(
     wait: Annotated[float, Query(ge=0, le=30, allow_inf_nan=False, description="Longest wait, in seconds.")] = 0.0,
     if_none_match: Annotated[str | None, Header(description="ETag of the schedule that is known.")] = None,
 ) -> Response:
-    """The plans so far, oldest first, and the stages that are known to come."""
+    """The plans so far, oldest first, and what is expected to come if everything measured stays as it is."""
+    if after is not None and wait > 0:
+        await _next_plan(service, run_id, after=after, seconds=wait)
     view = await run_in_threadpool(service.controller.schedule, run_id)
-    if after is not None and wait > 0 and view.plans[-1].version <= after:
-        view = await _next_schedule(service, view, after=after, seconds=wait)
     body = view.model_dump_json().encode()
     digest = hashlib.sha256(body).hexdigest()[:16]
     etag = f'"{view.attempt}-{view.plans[-1].version}-{digest}"'
@@ -64,7 +64,7 @@ async def schedule(
     response_class=StreamingResponse,
     responses={
         200: {
-            "description": "Server-sent events: `registered` and `measurement`, with the log's sequence as id.",
+            "description": "Server-sent events `registered`, `measurement`, `control`; the id is the log's sequence.",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
         },
         **problems(404, 422, 503),
@@ -119,16 +119,19 @@ def _event(entry: LogEntry) -> bytes:
     return f"id: {entry.sequence}\nevent: {entry.kind}\ndata: {{{head},{entry.body[1:]}\n\n".encode()
 
 
-async def _next_schedule(service: Service, view: ScheduleView, *, after: int, seconds: float) -> ScheduleView:
-    """The first schedule with a later plan or of another attempt; the present one when time is up."""
+async def _next_plan(service: Service, run_id: str, *, after: int, seconds: float) -> None:
+    """Wait for a plan with a later version, for another attempt, or until time is up."""
+    first, version = await run_in_threadpool(service.controller.place_in_schedule, run_id)
+    if version > after:
+        return
     service.streams.refuse_if_full()
-    deadline, attempt = time.monotonic() + seconds, view.attempt
-    with service.streams.woken_by(view.run_id) as woken:
+    deadline = time.monotonic() + seconds
+    with service.streams.woken_by(run_id) as woken:
         while True:
-            view = await run_in_threadpool(service.controller.schedule, view.run_id)
+            attempt, version = await run_in_threadpool(service.controller.place_in_schedule, run_id)
             left = deadline - time.monotonic()
-            if view.plans[-1].version > after or view.attempt != attempt or left <= 0 or service.streams.stopping:
-                return view
+            if version > after or attempt != first or left <= 0 or service.streams.stopping:
+                return
             await wait_for(woken, seconds=left)
 
 

@@ -14,12 +14,14 @@ from gns_controller.web.problems import Problem
 
 _DESCRIPTIONS = {
     400: "The body is not JSON.",
-    404: "No such run.",
+    404: "No such run, or no override to release.",
     409: "The run exists with another specification, or a newer attempt has registered.",
-    413: "The body is too large.",
-    415: "The body is not application/json.",
+    412: "If-Match names another revision than the present one.",
+    413: "The body is too large, or the run too long to replay.",
+    415: "The body has another type than asked for.",
     422: "A field or parameter is not valid; see `errors`.",
-    429: "Too many writes are waiting; see Retry-After.",
+    428: "If-Match is missing.",
+    429: "Too many writes are waiting, or another replay is running; see Retry-After.",
     503: "The database does not work now, or too many streams are open; see Retry-After.",
     500: "A defect of the controller; its log has the request id.",
 }
@@ -44,6 +46,16 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Declarations of the problems that a route may answer, beside those that every route may."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {status: {"description": _DESCRIPTIONS[status], "content": content} for status in (*statuses, 500)}
+
+
+def patch_of(what: str) -> dict[str, Any]:
+    """Declaration of a JSON merge patch."""
+    schema = {
+        "type": "object",
+        "description": f"RFC 7396 merge patch of {what}: null takes a field back to its default.",
+    }
+    kinds = ("application/merge-patch+json", "application/json")
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}}
 
 
 def body_of(model: type[BaseModel]) -> dict[str, Any]:

@@ -17,6 +17,10 @@ from starlette.routing import Match
 from gns_controller.core.errors import (
     GnsError,
     InvalidInputError,
+    NoOverrideError,
+    ReplayBusyError,
+    ReplayTooLongError,
+    RevisionConflictError,
     RunConflictError,
     StaleAttemptError,
     StoreBusyError,
@@ -44,12 +48,17 @@ MALFORMED_JSON = ProblemType("malformed-json", 400, "The body is not JSON")
 UNAUTHORIZED = ProblemType("unauthorized", 401, "A bearer token is needed")
 NOT_FOUND = ProblemType("not-found", 404, "There is nothing at this address")
 UNKNOWN_RUN = ProblemType("unknown-run", 404, "No run has this name")
+NO_OVERRIDE = ProblemType("no-override", 404, "There is nothing to release")
 METHOD_NOT_ALLOWED = ProblemType("method-not-allowed", 405, "This address does not know the method")
 RUN_CONFLICT = ProblemType("run-conflict", 409, "The run exists with another specification")
 STALE_ATTEMPT = ProblemType("stale-attempt", 409, "A newer attempt of the run has registered")
+REVISION_CONFLICT = ProblemType("revision-conflict", 412, "Somebody has changed it since")
 BODY_TOO_LARGE = ProblemType("body-too-large", 413, "The body is too large")
-UNSUPPORTED_MEDIA_TYPE = ProblemType("unsupported-media-type", 415, "The body must be application/json")
+REPLAY_TOO_LONG = ProblemType("replay-too-long", 413, "The run is too long to replay here")
+UNSUPPORTED_MEDIA_TYPE = ProblemType("unsupported-media-type", 415, "The body has another type than asked for")
 INVALID_INPUT = ProblemType("invalid-input", 422, "The request cannot be carried out as it is")
+REVISION_REQUIRED = ProblemType("revision-required", 428, "If-Match has to name the revision")
+REPLAY_BUSY = ProblemType("replay-busy", 429, "Another replay is running")
 STORE_BUSY = ProblemType("store-busy", 429, "Too many writes are waiting")
 INTERNAL_ERROR = ProblemType("internal-error", 500, "The controller has failed")
 STORE_UNAVAILABLE = ProblemType("store-unavailable", 503, "The database does not work now")
@@ -61,12 +70,17 @@ PROBLEM_TYPES = (
     UNAUTHORIZED,
     NOT_FOUND,
     UNKNOWN_RUN,
+    NO_OVERRIDE,
     METHOD_NOT_ALLOWED,
     RUN_CONFLICT,
     STALE_ATTEMPT,
+    REVISION_CONFLICT,
     BODY_TOO_LARGE,
+    REPLAY_TOO_LONG,
     UNSUPPORTED_MEDIA_TYPE,
     INVALID_INPUT,
+    REVISION_REQUIRED,
+    REPLAY_BUSY,
     STORE_BUSY,
     INTERNAL_ERROR,
     STORE_UNAVAILABLE,
@@ -107,6 +121,8 @@ class Problem(BaseModel):
     """run-conflict only: what was asked for."""
     current_attempt: int | None = None
     """stale-attempt only."""
+    policy_revision: int | None = None
+    """revision-conflict only: the present one."""
 
 
 class ProblemError(Exception):
@@ -165,6 +181,14 @@ def problem_of(error: GnsError) -> ProblemError:
                 registered=error.registered,
                 requested=error.requested,
             )
+        case RevisionConflictError():
+            return ProblemError(REVISION_CONFLICT, detail, policy_revision=error.policy_revision)
+        case NoOverrideError():
+            return ProblemError(NO_OVERRIDE, detail)
+        case ReplayTooLongError():
+            return ProblemError(REPLAY_TOO_LONG, detail)
+        case ReplayBusyError():
+            return ProblemError(REPLAY_BUSY, detail)
         case StaleAttemptError():
             return ProblemError(STALE_ATTEMPT, detail, current_attempt=error.current_attempt)
         case InvalidInputError():

@@ -149,7 +149,7 @@ async def _page(
     entries = await run_in_threadpool(
         service.controller.entries,
         run_id,
-        kind="measurement",
+        measurements=True,
         after=decode_cursor(cursor),
         limit=limit + 1,
         descending=order == "desc",

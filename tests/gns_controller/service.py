@@ -85,6 +85,7 @@ class Service:
             silent_after_seconds=self.settings.silent_after_seconds,
             metrics_retention_seconds=self.settings.metrics_retention_seconds,
             metrics_max_runs=self.settings.metrics_max_runs,
+            replay_max_measurements=self.settings.replay_max_measurements,
         )
         self.metrics.watch(self.controller.live_runs, num_queued=self.controller.num_queued)
         self.app = create_app(self.controller, self.settings, self.metrics)
