@@ -14,21 +14,21 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from gns_controller.core.batch_arithmetic import BatchRules
+from gns_controller.core.batch_arithmetic import BatchRules, BetaCoupling, LearningRateCoupling
 from gns_controller.core.contract import Decision, Span
 from gns_controller.core.errors import GnsError, InvalidInputError
-from gns_controller.core.policies import AnyPolicyConfig
 from trainer_hooks import AdaptiveBatch, warmup_cosine
+from trainer_hooks.coupled import find_couplings
 from trainer_hooks.examples.checkpoints import described, read_checkpoint, settings_of, with_batch, write_checkpoint
 from trainer_hooks.examples.corpus import ByteSequences, read_standard_library
 from trainer_hooks.examples.llama import Llama, LlamaConfig, next_token_loss
@@ -37,6 +37,8 @@ from trainer_hooks.steps import Step
 
 DEFAULT_LEARNING_RATES = {"muon": 0.016, "adamw": 0.008, "signum": 0.001}
 """Tuned at batch 16 on the demo's model and budget."""
+
+BY_OPTIMIZER = "by-optimizer"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,7 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--batch-size", type=int, default=16, help="global batch at the start, samples per optimizer step")
     add("--micro-batch-size", type=int, default=64, help="most samples per rank per backward pass")
     add("--budget-samples", type=int, default=144_000, help="samples after which training ends")
-    add("--policy", default='{"policy": "hold"}', help="policy as JSON, or the path of a JSON file")
+    add("--policy", default='{"policy": "hold"}', help="policy as JSON, or the path of a JSON or TOML file")
     add("--measurement-interval-steps", type=int, default=None, help="optimizer steps between measurements")
     add("--measurement-interval-samples", type=int, default=None, help="samples between measurements; default 400")
     add(
@@ -66,13 +68,25 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--num-sign-patterns", type=int, default=None, help="pairs of halves per measurement; default: 1")
     add("--estimators", default=None, help="comma-separated: split, rank_variance; default: the policy's")
     add("--min-sample-groups", type=int, default=4, help="micro-batches of a measured step, over all ranks, at least")
-    add("--coupling", choices=["sqrt", "linear", "none"], default="sqrt", help="learning rate against batch")
+    add(
+        "--coupling",
+        choices=[BY_OPTIMIZER, *get_args(LearningRateCoupling)],
+        default=BY_OPTIMIZER,
+        help="what a batch change does to learning rates",
+    )
+    add(
+        "--beta-coupling",
+        choices=get_args(BetaCoupling),
+        default="none",
+        help="half_life: the optimizers' averages forget per sample, not per step",
+    )
     add("--width", type=int, default=32, help="model width")
     add("--layers", type=int, default=2, help="decoder blocks")
     add("--heads", type=int, default=4, help="attention heads")
     add("--context", type=int, default=32, help="bytes per sample")
     add("--clip", type=float, default=None, help="largest gradient norm; default: none")
     add("--seed", type=int, default=0, help="of weights and of the order of samples")
+    add("--num-threads", type=int, default=None, help="CPU threads per rank; default: cores over ranks")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--fully-shard", action="store_true", help="FSDP2 instead of DDP; adamw or signum, no checkpoints")
     add("--shadow", action="store_true", help="report and record decisions, change nothing")
@@ -232,13 +246,14 @@ class Job:
             global_batch_size=options.batch_size,
             micro_batch_size=options.micro_batch_size,
             budget_samples=options.budget_samples,
-            policy=read_policy(options.policy),
+            policy=options.policy if options.policy.lstrip().startswith("{") else Path(options.policy),
             measurement_interval=interval,
             measurement_budget=options.measurement_budget,
             num_sign_patterns=options.num_sign_patterns,
             estimators=options.estimators.split(",") if options.estimators else None,
             min_sample_groups=options.min_sample_groups,
-            learning_rate_coupling=options.coupling,
+            learning_rate_coupling=coupling_of(options),
+            beta_coupling=options.beta_coupling,
             learning_rate_schedule=warmup_cosine(
                 budget_samples=options.budget_samples, warmup_samples=max(int(0.15 * options.budget_samples), 1)
             ),
@@ -353,10 +368,13 @@ class Job:
             return None
         checkpoint = read_checkpoint(options.resume_from, device=self.device)
         if options.resume_batch_size:
+            coupling, optimizer_couplings = find_couplings(coupling_of(options), self.optimizers)
             rules = BatchRules(
                 global_batch_size=options.batch_size,
                 micro_batch_size=options.micro_batch_size,
-                learning_rate_coupling=options.coupling,
+                learning_rate_coupling=coupling,
+                optimizer_couplings=optimizer_couplings,
+                beta_coupling=options.beta_coupling,
             )
             checkpoint["session"] = with_batch(
                 checkpoint["session"], options.resume_batch_size, rules=rules, data_parallel_size=self.world_size
@@ -403,11 +421,10 @@ def as_batch(samples: Any) -> Tensor:
     return batch
 
 
-def read_policy(text: str) -> AnyPolicyConfig:
-    """Inline JSON, or the path of a file with it."""
-    content = text if text.lstrip().startswith("{") else Path(text).read_text()
-    policy: AnyPolicyConfig = TypeAdapter(AnyPolicyConfig).validate_json(content)
-    return policy
+def coupling_of(options: argparse.Namespace) -> LearningRateCoupling | None:
+    """As attach takes it."""
+    rule: LearningRateCoupling = options.coupling
+    return None if options.coupling == BY_OPTIMIZER else rule
 
 
 @contextlib.contextmanager
@@ -455,7 +472,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return describe(options.describe_checkpoint)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per request would drown ours
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(options.num_threads or share)
     if "RANK" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
