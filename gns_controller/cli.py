@@ -149,6 +149,120 @@ def demo(
         _print_json(rows)
 
 
+@app.command()
+def calibrate(
+    checkpoint: Annotated[
+        list[Path] | None, typer.Option(help="Branch from this checkpoint of the example job; may be repeated.")
+    ] = None,
+    at_samples: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: train the example job and branch at these points, like 4800,12000.", metavar="LIST"
+        ),
+    ] = None,
+    multiples: Annotated[
+        str | None,
+        typer.Option(help="Batches of the branches over the checkpoint's. [default: 1,2,4,8]", metavar="LIST"),
+    ] = None,
+    branch_samples: Annotated[
+        int | None, typer.Option(help="Samples that every branch trains. [default: a tenth of the budget]")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Nats that a larger batch may lose. [default: 0.01]")
+    ] = None,
+    evaluations: Annotated[int, typer.Option(min=1, help="Validation points of a branch; losses are averaged.")] = 8,
+    price: Annotated[
+        bool, typer.Option("--price", help="Only what a step saved by doubling the batch costs: branches at B and 2 B.")
+    ] = False,
+    optimizer: Annotated[
+        str | None, typer.Option(help="With --at-samples: muon, adamw or signum. [default: muon]")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="With --at-samples: at --batch-size. [default: the example job's]")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="With --at-samples: samples per step up to there. [default: 16]")
+    ] = None,
+    budget_samples: Annotated[
+        int | None, typer.Option(min=1, help="With --at-samples: of the whole schedule. [default: 48000]")
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=4, help="With --at-samples: model width. [default: 32]")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="With --at-samples: decoder blocks. [default: 2]")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="With --at-samples; may be repeated: checkpoints for each. [default: 0]")
+    ] = None,
+    coupling: Annotated[
+        str | None,
+        typer.Option(help="Learning rate against batch: sqrt, linear (SGD), none. [default: the checkpoint's, sqrt]"),
+    ] = None,
+    num_ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes of every job. [default: the checkpoint's, 1]")
+    ] = None,
+    num_threads: Annotated[int, typer.Option(min=1, help="CPU threads of every process; small models want one.")] = 1,
+    measurement_interval_samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples between measurements. [default: three steps]")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder for everything. Finished jobs of the same settings in it are not run again.")
+    ] = Path("calibration-output"),
+    plot: Annotated[bool, typer.Option("--plot", help="Also write calibration.png; needs matplotlib.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the critical batch size: short branches of the example job from one point, with several batches.
+
+    Compares it with the noise scale read there and writes a policy. Needs torch. Takes minutes to hours.
+    """
+    for name, value, known in (
+        ("--optimizer", optimizer or "muon", ("muon", "adamw", "signum")),
+        ("--coupling", coupling or "sqrt", ("sqrt", "linear", "none")),
+    ):
+        if value not in known:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}.", param_hint=name)
+    run_options = {
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "budget_samples": budget_samples,
+        "width": width,
+        "layers": layers,
+    }
+    base: dict[str, Any] = {key: value for key, value in run_options.items() if value is not None}
+    with _sentences():
+        from rich.console import Console
+
+        from gns_controller.calibration import BaseRun, CalibrationSettings, run_calibration
+
+        if checkpoint and (base or seed):
+            names = ", ".join(f"--{key.replace('_', '-')}" for key in [*base, *(["seed"] if seed else [])])
+            raise InvalidInputError(f"{names}: only with --at-samples; a checkpoint knows the settings of its run.")
+        if price and (multiples is not None or tolerance is not None):
+            raise InvalidInputError("--price compares B with 2 B: it takes no --multiples and no --tolerance.")
+        settings = CalibrationSettings(
+            checkpoints=tuple(checkpoint or ()),
+            at_samples=_numbers("--at-samples", at_samples) if at_samples is not None else (),
+            base=BaseRun(**base),
+            seeds=tuple(seed or [0]),
+            multiples=(1, 2) if price else _numbers("--multiples", multiples or "1,2,4,8"),
+            branch_samples=branch_samples,
+            tolerance=0.01 if tolerance is None else tolerance,
+            num_evaluations=evaluations,
+            price=price,
+            coupling=coupling,
+            num_ranks=num_ranks,
+            num_threads=num_threads,
+            measurement_interval_samples=measurement_interval_samples,
+            output=output,
+            plot=plot,
+        )
+        try:
+            report = run_calibration(settings, Console(stderr=as_json))
+        except KeyboardInterrupt:
+            print("\nInterrupted; every job has ended. Finished branches are kept.", file=sys.stderr)
+            raise typer.Exit(130) from None
+    if as_json:
+        _print_json(report)
+
+
 @db.command("upgrade")
 def db_upgrade(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
     """Bring the database to the schema of this version; `serve` does it, too. Back up first."""
@@ -299,6 +413,13 @@ def _settings(**options: object) -> Settings:
     except ValidationError as error:
         faults = (f"GNS_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors())
         raise InvalidInputError("settings cannot be used. " + "; ".join(faults)) from None
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise InvalidInputError(f"{option} {text!r} is not a list of whole numbers with commas.") from None
 
 
 def _shown(settings: Settings) -> dict[str, Any]:
