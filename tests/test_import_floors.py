@@ -70,6 +70,7 @@ TRAINER = {
     "trainer_hooks.client": (2, {"httpx", "pydantic"}),
     "trainer_hooks.checks": (3, {"torch", "pydantic"}),
     "trainer_hooks.budget": (2, set()),
+    "trainer_hooks.coupled": (2, {"torch"}),
     "trainer_hooks.clipping": (2.5, {"torch"}),
     "trainer_hooks.selftest": (3, {"torch"}),
     "trainer_hooks.steps": (3, {"torch"}),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -12,7 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable
 from gns_controller.core.contract import BatchPlan, Direction, Estimator, RunId, Span
 from gns_controller.core.errors import GeometryError, InvalidInputError, TooFewGroupsError
-from gns_controller.core.policies import AnyPolicyConfig, plan_for
+from gns_controller.core.policies import AnyPolicyConfig, PolicyState, plan_for
+from gns_controller.core.policies.documents import read_policy
 from gns_controller.core.policies.frame import PolicyConfig
 from trainer_hooks.capture import MeasuredGroup
 from trainer_hooks.estimators.spectral import SpectralNorms
@@ -21,15 +24,36 @@ logger = logging.getLogger(__name__)
 
 MOST_SIGN_PATTERNS = 63
 
+STATE_VERSION = 2
+"""Of what `state_dict` returns. Version 1 had no betas and no operators' orders."""
 
-def as_policy(policy: AnyPolicyConfig | Mapping[str, Any] | None) -> AnyPolicyConfig | None:
-    """A policy's configuration, also from its JSON object.
+PolicyGiven = AnyPolicyConfig | Mapping[str, Any] | str | os.PathLike[str]
+"""A policy; its JSON object; JSON as text; or the path of a JSON or TOML file."""
+
+
+def as_policy(policy: PolicyGiven | None) -> AnyPolicyConfig | None:
+    """A policy's configuration, also from its JSON object or a file with its document, JSON or TOML.
+
+    Text is JSON if it begins with a brace, else a path that ends in .json or .toml; any path may be a `Path`.
 
     Raises:
-        InvalidInputError: no policy has these settings.
+        InvalidInputError: no policy has these settings, or the file cannot be read.
     """
     if policy is None or isinstance(policy, PolicyConfig):
         return policy
+    if isinstance(policy, str) and policy.lstrip().startswith("{"):
+        return read_policy(policy)
+    if isinstance(policy, str) and not policy.endswith((".json", ".toml")):
+        raise InvalidInputError(f"policy={policy!r} is neither JSON nor the path of a .json or .toml file.")
+    if isinstance(policy, str | os.PathLike):
+        try:
+            text = Path(policy).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInputError(f"the policy {os.fspath(policy)} cannot be read: {error}.") from None
+        try:
+            return read_policy(text)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{os.fspath(policy)}: {error}") from None
     try:
         found: AnyPolicyConfig = TypeAdapter(AnyPolicyConfig).validate_python(policy)
     except ValidationError as error:
@@ -41,8 +65,10 @@ def as_policy(policy: AnyPolicyConfig | Mapping[str, Any] | None) -> AnyPolicyCo
 
 def check_state(state: Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """The checkpoint is of this version and of these optimizers."""
-    if state.get("version") != 1:
-        raise InvalidInputError(f"session state of version {state.get('version')!r}; this program reads version 1.")
+    if state.get("version") not in (1, STATE_VERSION):
+        raise InvalidInputError(
+            f"session state of version {state.get('version')!r}; this program reads versions 1 and {STATE_VERSION}."
+        )
     saved = [len(rates) for rates in state["base_learning_rates"]]
     present = [len(optimizer.param_groups) for optimizer in optimizers]
     if saved != present:
@@ -51,15 +77,23 @@ def check_state(state: Mapping[str, Any], optimizers: Sequence[torch.optim.Optim
         )
 
 
-def reachable_plan(plan: BatchPlan, rules: BatchRules, *, data_parallel_size: int) -> BatchPlan:
-    """A checkpoint's plan cut for this number of ranks: the nearest reachable batch below, if the old one is not."""
+def reachable_plan(
+    plan: BatchPlan, rules: BatchRules, policy_state: PolicyState, *, data_parallel_size: int
+) -> BatchPlan:
+    """A checkpoint's plan cut for this number of ranks: the nearest reachable batch below, if the old one is not.
+
+    Gains by the noise scale are computed again only for another batch; else they stay what they were.
+    """
     batch_size = floor_to_reachable(
         plan.global_batch_size,
         micro_batch_size=rules.micro_batch_size,
         data_parallel_size=data_parallel_size,
         micro_batch_granularity=rules.micro_batch_granularity,
     )
+    noise_scale = None
     if batch_size != plan.global_batch_size:
+        judged = policy_state.smoothed.judged() if policy_state.smoothed else None
+        noise_scale = None if judged is None or judged.unresolved else judged.noise_scale
         logger.warning(
             "batch is not reachable on this many ranks: data_parallel_size=%d global_batch_size=%d->%d",
             data_parallel_size,
@@ -72,6 +106,8 @@ def reachable_plan(plan: BatchPlan, rules: BatchRules, *, data_parallel_size: in
         data_parallel_size=data_parallel_size,
         version=plan.version,
         effective_step=plan.effective_step,
+        noise_scale=noise_scale,
+        previous=plan,
     )
 
 

@@ -115,8 +115,8 @@ def scatter_sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def plan_checksum(plan: BatchPlan) -> int:
-    """CRC-32 of the plan's canonical JSON."""
-    return zlib.crc32(plan.model_dump_json().encode())
+    """CRC-32 of the plan's canonical JSON: factors of optimizers in any order are the same plan."""
+    return zlib.crc32(json.dumps(plan.model_dump(mode="json"), sort_keys=True).encode())
 
 
 def broadcast_plan(group: RankGroup, *, current: BatchPlan, proposed: BatchPlan | None) -> BatchPlan:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from gns_controller.core.batch_arithmetic import BatchRules, LearningRateCoupling
+from gns_controller.core.batch_arithmetic import BatchRules, BetaCoupling, LearningRateCoupling
 from gns_controller.core.contract import (
     BatchPlan,
     Decision,
@@ -33,19 +33,29 @@ from gns_controller.core.contract import (
 )
 from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import (
-    AnyPolicyConfig,
     NoiseScalePolicyConfig,
     PolicyState,
+    RunFacts,
     initial_state,
 )
 from gns_controller.core.runs import RunSpecification
 from trainer_hooks.batching import SampleStream
-from trainer_hooks.batching.schedule import LearningRateSchedule
+from trainer_hooks.batching.schedule import LearningRateSchedule, sampled
 from trainer_hooks.budget import MeasurementCost
 from trainer_hooks.capture import DEFAULT_EXCLUDE, Layout, Measured, MeasuredGroup, find_groups, find_layout
-from trainer_hooks.checks import as_policy, check_measurable, check_measuring, check_names, check_state, reachable_plan
-from trainer_hooks.client import Controller, Verdict, connect
+from trainer_hooks.checks import (
+    STATE_VERSION,
+    PolicyGiven,
+    as_policy,
+    check_measurable,
+    check_measuring,
+    check_names,
+    check_state,
+    reachable_plan,
+)
+from trainer_hooks.client import Controller, Verdict, connect, orders_from, saved_orders
 from trainer_hooks.collectives import broadcast_plan
+from trainer_hooks.coupled import CoupledOptimizers, check_couplings, factor_for, find_couplings
 from trainer_hooks.estimators.spectral import SpectralNorms
 from trainer_hooks.measuring import Measuring
 from trainer_hooks.steps import GradientScaler, Step
@@ -100,10 +110,9 @@ class AdaptiveBatch:
         self.grad_scaler = grad_scaler
         self._deadline_seconds = decision_deadline_seconds
         self._on_decision = on_decision
-        self._base_learning_rates = [
-            [float(group.setdefault("initial_lr", group["lr"])) for group in optimizer.param_groups]
-            for optimizer in self.optimizers
-        ]
+        self._coupled = CoupledOptimizers(
+            self.optimizers, couples_betas=specification.batch.beta_coupling == "half_life"
+        )
         self._due_exchanges: list[int] = []
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         self._loss_samples = 0
@@ -129,7 +138,7 @@ class AdaptiveBatch:
         micro_batch_size: int,
         budget_samples: int,
         controller: str | None = None,
-        policy: AnyPolicyConfig | Mapping[str, Any] | None = None,
+        policy: PolicyGiven | None = None,
         measurement_interval: Span | None = None,
         measurement_budget: float | None = None,
         num_sign_patterns: int | None = None,
@@ -142,7 +151,8 @@ class AdaptiveBatch:
         exclude: str = DEFAULT_EXCLUDE,
         min_sample_groups: int = 2,
         micro_batch_granularity: int = 1,
-        learning_rate_coupling: LearningRateCoupling = "sqrt",
+        learning_rate_coupling: LearningRateCoupling | Mapping[str, LearningRateCoupling] | None = None,
+        beta_coupling: BetaCoupling = "none",
         learning_rate_schedule: LearningRateSchedule | None = None,
         max_grad_norm: float | None = None,
         grad_scaler: GradientScaler | None = None,
@@ -170,8 +180,8 @@ class AdaptiveBatch:
             micro_batch_size: most samples per rank per backward pass.
             budget_samples: samples after which training ends.
             controller: URL, or None to decide in this process.
-            policy: its configuration, or that as a mapping. Default: grow by the split noise scale, after a warmup
-                of 15 % of the budget.
+            policy: its configuration, that as a mapping, or the path of a JSON or TOML file. Default: grow by the
+                split noise scale, after a warmup of 15 % of the budget.
             measurement_interval: distance between measured steps. Default: as the budget allows.
             measurement_budget: largest share of the run's time that measuring may take; the interval, the number of
                 sign patterns and, if need be, the measured layers follow from measured costs. Default 0.01, or no
@@ -190,7 +200,11 @@ class AdaptiveBatch:
                 Default: embeddings and heads.
             min_sample_groups: cut measured steps into at least this many micro-batches over all ranks.
             micro_batch_granularity: below one full pass micro-batches shrink in multiples of this.
-            learning_rate_coupling: "sqrt", "linear" or "none".
+            learning_rate_coupling: what a batch change does to learning rates: "sqrt", "linear", "adascale",
+                "adamscale", "seesaw" or "none", for all or by optimizer class name. Default: by optimizer, linear for
+                SGD, sqrt for those whose step does not grow with the gradient.
+            beta_coupling: "half_life" keeps the optimizers' averages (betas, Muon's and Signum's momentum) as long in
+                samples as they are at the start; see CoupledOptimizers.set_betas. "none" as long in steps.
             learning_rate_schedule: samples seen -> factor; see `warmup_cosine`. Default constant.
             max_grad_norm: clip here, after measuring.
             grad_scaler: torch.amp.GradScaler; gradients are unscaled before they are measured and clipped.
@@ -208,6 +222,7 @@ class AdaptiveBatch:
 
         Raises:
             BatchShapeError: these ranks cannot make this batch; the message names the nearest that they can.
+            CouplingError: no rule is known to be sound for an optimizer, its momentum or this policy.
             GeometryError: an optimizer of unknown geometry, or a policy that follows a geometry no group has.
             TooFewGroupsError: one rank, one sample: nothing to compare.
             SelfTestError: gradients are not averaged over ranks as measuring relies on; parameters are named.
@@ -222,15 +237,20 @@ class AdaptiveBatch:
         layout = find_layout(model, process_group)
         data_parallel = layout.data_parallel
         groups = find_groups(model, optimizers, geometries=geometries, exclude=exclude)
+        coupling, optimizer_couplings = find_couplings(learning_rate_coupling, optimizers)
         rules = BatchRules(
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
             micro_batch_granularity=micro_batch_granularity,
-            learning_rate_coupling=learning_rate_coupling,
+            learning_rate_coupling=coupling,
+            optimizer_couplings=optimizer_couplings,
+            beta_coupling=beta_coupling,
             decision_delay_steps=decision_delay_steps,
         )
         policy = policy or NoiseScalePolicyConfig(warmup=Span(samples=max(int(0.15 * budget_samples), 1)))
         check_measurable(groups, policy, global_batch_size=global_batch_size, data_parallel_size=data_parallel.size)
+        facts = RunFacts(rules, budget_samples, tokens_per_sample)
+        check_couplings(policy, facts, [group.geometry for group in groups])
         if measurement_interval is None and measurement_budget is None:
             measurement_budget = DEFAULT_BUDGET
         check_measuring(
@@ -262,7 +282,7 @@ class AdaptiveBatch:
             measuring.self_test(model)
         if state:
             policy_state = PolicyState.model_validate(state["policy_state"])
-            plan = reachable_plan(policy_state.plan, rules, data_parallel_size=data_parallel.size)
+            plan = reachable_plan(policy_state.plan, rules, policy_state, data_parallel_size=data_parallel.size)
             policy_state = policy_state.model_copy(update={"plan": plan})
         else:
             policy_state = initial_state(rules, data_parallel_size=data_parallel.size)
@@ -278,6 +298,7 @@ class AdaptiveBatch:
             policy=policy,
             mode=mode,
             description=description,
+            schedule=sampled(learning_rate_schedule, budget_samples=budget_samples) if learning_rate_schedule else (),
         )
         saved_decisions = state["pending"] if state else {}
         client = connect(
@@ -285,6 +306,7 @@ class AdaptiveBatch:
             specification=specification,
             policy_state=policy_state,
             pending={int(step): Decision.model_validate(found) for step, found in saved_decisions.items()},
+            orders=orders_from(state),
             url=controller,
             token=token or os.environ.get("GNS_TOKEN"),
             spool_directory=Path(spool_directory),
@@ -366,8 +388,16 @@ class AdaptiveBatch:
 
     @property
     def learning_rate_factor(self) -> float:
-        """What the plan multiplies the scheduled learning rate with."""
-        return self.plan.learning_rate_factor if self.specification.mode == "active" else 1.0
+        """What the plan multiplies the scheduled learning rate of the first optimizer with."""
+        return self.learning_rate_factor_of(self.optimizers[0])
+
+    def learning_rate_factor_of(self, optimizer: torch.optim.Optimizer) -> float:
+        """What the plan multiplies the scheduled learning rate of one optimizer with."""
+        return factor_for(optimizer, self._followed_plan)
+
+    @property
+    def _followed_plan(self) -> BatchPlan | None:
+        return self.plan if self.specification.mode == "active" else None
 
     @property
     def min_micro_batches(self) -> int:
@@ -408,16 +438,13 @@ class AdaptiveBatch:
         return readings
 
     def set_learning_rates(self) -> None:
-        """Base learning rate x schedule(samples seen) x plan factor, into every param group."""
-        present = [len(optimizer.param_groups) for optimizer in self.optimizers]
-        if present != [len(rates) for rates in self._base_learning_rates]:
-            raise InvalidInputError(
-                "an optimizer got other parameter groups after attach: attach again, so that their rates are known."
-            )
-        factor = self._schedule(self.samples_seen) * self.learning_rate_factor
-        for optimizer, base_rates in zip(self.optimizers, self._base_learning_rates, strict=True):
-            for group, base in zip(optimizer.param_groups, base_rates, strict=True):
-                group["lr"] = base * factor
+        """Base learning rate x schedule(samples seen) x plan factor, into every param group; and `set_betas`."""
+        self._coupled.set_learning_rates(self._schedule(self.samples_seen), self._followed_plan)
+        self.set_betas()
+
+    def set_betas(self) -> None:
+        """With beta_coupling: base beta ^ plan.beta_exponent, into every param group. For schedulers of your own."""
+        self._coupled.set_betas(self._followed_plan)
 
     def observe_validation_loss(self, value: float) -> None:
         """Goes along with the next report."""
@@ -474,17 +501,19 @@ class AdaptiveBatch:
             message = {
                 "policy_state": self._controller.state.model_dump(mode="json"),
                 "pending": {step: decision.model_dump(mode="json") for step, decision in pending},
+                "orders": saved_orders(self._controller.orders),
             }
         shared = self.ranks.broadcast_message(message)
         return {
-            "version": 1,
+            "version": STATE_VERSION,
             "data_parallel_size": self.specification.data_parallel_size,
             "optimizer_step": self.optimizer_step,
             "samples_seen": self.samples_seen,
             "plan": self.plan.model_dump(mode="json"),
             "policy_state": shared["policy_state"],
             "pending": shared["pending"],
-            "base_learning_rates": self._base_learning_rates,
+            "orders": shared["orders"],
+            **self._coupled.state_dict(),
             "measuring": self._measuring.state_dict(),
             "due_exchanges": list(self._due_exchanges),
         }
@@ -497,9 +526,10 @@ class AdaptiveBatch:
         self.plan = reachable_plan(
             BatchPlan.model_validate(state["plan"]),
             self.specification.batch,
+            PolicyState.model_validate(state["policy_state"]),
             data_parallel_size=self.data_parallel.size,
         )
-        self._base_learning_rates = [list(rates) for rates in state["base_learning_rates"]]
+        self._coupled.load_state_dict(state)
         self._measuring.load_state_dict(
             state["measuring"], optimizer_step=self.optimizer_step, samples_seen=self.samples_seen
         )

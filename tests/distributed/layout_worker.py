@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from gns_controller.core.contract import Span
-from gns_controller.core.policies import HoldPolicyConfig
+from gns_controller.core.policies import HoldPolicyConfig, Stage, StagesPolicyConfig
 from trainer_hooks import AdaptiveBatch
 from trainer_hooks.capture import Fsdp2Capture, find_layout
 from trainer_hooks.capture.layout import local_tensor, parameter_groups_of
@@ -212,6 +212,37 @@ def the_self_test_leaves_synchronisation_flags_as_they_were() -> None:
     assert not group.reduce_grads
 
 
+def every_rank_sets_the_same_rates_and_betas() -> None:
+    """Two optimizers with rules of their own, and averages that keep their half-life: the plan carries both."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 1))
+    model = DistributedDataParallel(plain)
+    session = AdaptiveBatch.attach(
+        model,
+        [torch.optim.SGD(plain[0].parameters(), lr=0.1), torch.optim.AdamW(plain[1].parameters(), betas=(0.9, 0.95))],
+        run="coupled",
+        global_batch_size=8,
+        micro_batch_size=4,
+        budget_samples=200,
+        policy=StagesPolicyConfig(stages=(Stage(from_samples=40, global_batch_size=32),)),
+        measurement_interval=Span(steps=2),
+        beta_coupling="half_life",
+    )
+    seen = []
+    for step in session.steps(torch.randn(200, 8, generator=torch.Generator().manual_seed(1))):
+        for rows in step:
+            step.backward(model(rows).square().mean())
+        step.apply()
+        sgd, adamw = (optimizer.param_groups[0] for optimizer in session.optimizers)
+        seen.append((step.global_batch_size, sgd["lr"], adamw["lr"], *adamw["betas"]))
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, seen)
+    assert gathered[0] == gathered[1]
+    batch, *settings = seen[-2]  # the last step takes what is left of the budget
+    assert batch == 32
+    assert all(math.isclose(a, b) for a, b in zip(settings, (0.4, 2e-3, 0.6561, 0.81450625), strict=True)), seen
+
+
 CHECKS: list[Callable[[], None]] = [
     clips_tensor_parallel_gradients,
     clips_gradients_on_two_meshes,
@@ -221,6 +252,7 @@ CHECKS: list[Callable[[], None]] = [
     an_exception_in_one_ranks_norms_leaves_nobody_waiting,
     the_self_test_leaves_ddp_its_bucket_order,
     the_self_test_leaves_synchronisation_flags_as_they_were,
+    every_rank_sets_the_same_rates_and_betas,
 ]
 
 

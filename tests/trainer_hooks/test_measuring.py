@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,6 +233,7 @@ def test_what_measuring_cannot_do_is_said_at_attach() -> None:
             model,
             optimizer=torch.optim.Adagrad(model.parameters()),
             geometries={"Adagrad": "sign"},
+            learning_rate_coupling="none",
             policy=HoldPolicyConfig(direction="update"),
         )
     with pytest.raises(InvalidInputError, match=r"directions=\['gradient'\] does not measure it"):
@@ -418,6 +420,26 @@ def test_an_argument_that_is_wrong_is_named_with_what_would_be_right(changes: di
         attach(deep_network(), **changes)
 
 
-def test_a_policy_may_be_given_as_its_json_object() -> None:
-    session = attach(deep_network(), policy={"policy": "hold"})
-    assert session.specification.policy == HoldPolicyConfig()
+@pytest.mark.parametrize("form", ["mapping", "json", "json file", "toml file", "path"])
+def test_a_policy_may_be_given_as_its_document(form: str, tmp_path: Path) -> None:
+    (tmp_path / "policy.json").write_text('{"policy": "hold", "estimator": "rank_variance"}')
+    (tmp_path / "policy.toml").write_text('policy = "hold"\nestimator = "rank_variance"\n')
+    given: Any = {
+        "mapping": {"policy": "hold", "estimator": "rank_variance"},
+        "json": ' {"policy": "hold", "estimator": "rank_variance"}',
+        "json file": str(tmp_path / "policy.json"),
+        "toml file": str(tmp_path / "policy.toml"),
+        "path": tmp_path / "policy.toml",
+    }[form]
+    session = attach(deep_network(), policy=given)
+    assert session.specification.policy == HoldPolicyConfig(estimator="rank_variance")
+
+
+def test_a_policy_document_that_is_none_is_told_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="is neither JSON nor the path of a"):
+        attach(deep_network(), policy="hold")
+    with pytest.raises(InvalidInputError, match=r"missing.toml cannot be read: .*No such file"):
+        attach(deep_network(), policy=tmp_path / "missing.toml")
+    (tmp_path / "wrong.toml").write_text('policy = "noise_scale"\ntheta = 1\n')
+    with pytest.raises(InvalidInputError, match=r"wrong.toml: the policy document is not a policy: .*theta"):
+        attach(deep_network(), policy=str(tmp_path / "wrong.toml"))

@@ -293,5 +293,5 @@ def test_a_checkpoint_of_other_optimizers_is_refused_before_anything_is_opened()
     saved = attach(network()).state_dict()
     with pytest.raises(InvalidInputError, match="not the same optimizers"):
         attach(network(), state={**saved, "base_learning_rates": [[0.1, 0.2]]})
-    with pytest.raises(InvalidInputError, match="this program reads version 1"):
+    with pytest.raises(InvalidInputError, match="this program reads versions 1 and 2"):
         attach(network(), state={"version": 9})

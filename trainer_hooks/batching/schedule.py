@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from gns_controller.core.errors import InvalidInputError
+
+NUM_SAMPLED_POINTS = 65
+"""For projections: every 64th of the budget, both ends included."""
+
 LearningRateSchedule = Callable[[int], float]
 """Samples seen before the step -> factor on the base learning rate."""
 
@@ -19,3 +24,25 @@ def warmup_cosine(*, budget_samples: int, warmup_samples: int, final_factor: flo
         return final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor
+
+
+def sampled(schedule: LearningRateSchedule, *, budget_samples: int) -> tuple[float, ...]:
+    """The schedule at evenly spaced points of the budget, both ends included. The same floats at every call.
+
+    Raises:
+        InvalidInputError: it fails there, or is not a finite number.
+    """
+    points = []
+    for index in range(NUM_SAMPLED_POINTS):
+        samples = budget_samples * index // (NUM_SAMPLED_POINTS - 1)
+        try:
+            factor = float(schedule(samples))
+        except Exception as error:
+            raise InvalidInputError(
+                f"learning_rate_schedule({samples}) raised {type(error).__name__}: {error}; it has to answer from 0 to "
+                f"{budget_samples} samples."
+            ) from error
+        if not math.isfinite(factor):
+            raise InvalidInputError(f"learning_rate_schedule({samples}) is {factor}; it has to be a finite number.")
+        points.append(factor)
+    return tuple(points)

@@ -12,7 +12,7 @@ from gns_controller.core.policies import PolicyState
 from gns_controller.core.runs import Registration, RunSpecification
 from trainer_hooks.client.http import HttpController
 from trainer_hooks.client.local import LocalController
-from trainer_hooks.client.protocol import Controller
+from trainer_hooks.client.protocol import Controller, Orders
 from trainer_hooks.collectives import RankGroup
 
 _REGISTRATION_SECONDS = 5.0
@@ -25,6 +25,7 @@ def connect(
     specification: RunSpecification,
     policy_state: PolicyState,
     pending: Mapping[int, Decision],
+    orders: Orders | None,
     url: str | None,
     token: str | None,
     spool_directory: Path,
@@ -44,7 +45,7 @@ def connect(
     problem: GnsError | None = None
     if ranks.rank == 0:
         if url is None:
-            client = LocalController(specification, policy_state, pending)
+            client = LocalController(specification, policy_state, pending, orders)
         else:
             try:
                 client = HttpController(
@@ -55,6 +56,7 @@ def connect(
                     ),
                     state=policy_state,
                     pending=pending,
+                    orders=orders,
                     spool_directory=spool_directory,
                     token=token,
                     decision_deadline_seconds=decision_deadline_seconds,

@@ -3,7 +3,7 @@
 The training thread hands measurements over and folds them with the local policy. One thread puts them on disk, another
 registers and posts what is on disk, in order. A silent network does not keep measurements from the disk; a slow disk
 delays answers, and then, as on any silence, the local verdict stands. After one silence nobody waits until the
-controller has answered within the deadline.
+controller has answered within the deadline. Every answer says what operators want; the local fold goes by the newest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gns_controller.core.errors import GnsError, InvalidInputError, RunConflictE
 from gns_controller.core.policies import PolicyState
 from gns_controller.core.runs import IngestReply, Registration, RegistrationReply
 from trainer_hooks.client.local import LocalController
-from trainer_hooks.client.protocol import Verdict
+from trainer_hooks.client.protocol import Orders, Verdict
 from trainer_hooks.client.spool import Spool, leftovers
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class HttpController:
         state: where the fold starts.
         spool_directory: measurements wait here while the controller is away.
         pending: decisions of a checkpoint that are not in force yet, by optimizer_step.
+        orders: what operators wanted at the checkpoint, until the controller answers.
         token: bearer token, if the controller asks for one.
         decision_deadline_seconds: an answer slower than this does not make anybody wait again.
         timeout_seconds: for one request of the background thread.
@@ -72,6 +73,7 @@ class HttpController:
         state: PolicyState,
         spool_directory: Path,
         pending: Mapping[int, Decision] | None = None,
+        orders: Orders | None = None,
         token: str | None = None,
         decision_deadline_seconds: float = 2.0,
         timeout_seconds: float = 10.0,
@@ -88,7 +90,7 @@ class HttpController:
             raise InvalidInputError("the controller's token holds characters that no token has.")
         self._run_id = run_id
         self._registration = registration
-        self._local = LocalController(registration.specification, state, pending)
+        self._local = LocalController(registration.specification, state, pending, orders)
         self._resumed_steps = frozenset(pending or ())
         self._spool_directory = spool_directory
         self._deadline_seconds = decision_deadline_seconds
@@ -130,6 +132,11 @@ class HttpController:
     def pending(self) -> dict[int, Decision]:
         """Local decisions whose verdict was not asked for yet."""
         return self._local.pending
+
+    @property
+    def orders(self) -> Orders:
+        """What the local policy goes by."""
+        return self._local.orders
 
     def wait_registered(self, *, deadline_seconds: float) -> None:
         """Wait for the first answer, a refusal included; silence is not an error.
@@ -235,7 +242,9 @@ class HttpController:
         try:
             if self._attempt is None:
                 self._send_leftovers()
-                self._set_attempt(self._register(self._registration))
+                registered = self._register(self._registration)
+                self._take_orders(registered)
+                self._set_attempt(registered.attempt)
             while self._unsent:
                 batch = [self._unsent[i] for i in range(min(len(self._unsent), _MAX_PER_REQUEST))]
                 assert self._attempt is not None
@@ -263,7 +272,7 @@ class HttpController:
         ):
             refused = False
             try:
-                attempt = self._register(leftover.registration)
+                attempt = self._register(leftover.registration).attempt
                 measurements = leftover.measurements
                 for start in range(0, len(measurements), _MAX_PER_REQUEST):
                     self._post(measurements[start : start + _MAX_PER_REQUEST], attempt=attempt)
@@ -277,14 +286,14 @@ class HttpController:
             except OSError as error:
                 logger.warning("old spool cannot be removed: path=%s error=%s", leftover.path, error)
 
-    def _register(self, registration: Registration) -> int:
+    def _register(self, registration: Registration) -> RegistrationReply:
         response = self._http.put(
             f"/api/v1/runs/{self._run_id}",
             content=registration.model_dump_json(),
             headers={"Content-Type": "application/json"},
         )
         _raise_unless_accepted(response)
-        return RegistrationReply.model_validate_json(response.content).attempt
+        return RegistrationReply.model_validate_json(response.content)
 
     def _post(self, batch: Sequence[NoiseScaleMeasurement], *, attempt: int) -> IngestReply | None:
         """Send measurements in order; a single one that the controller cannot take is left out with a log line."""
@@ -318,7 +327,25 @@ class HttpController:
             self._attempt = attempt
             self._changed.notify_all()
 
+    def _take_orders(self, reply: RegistrationReply | IngestReply) -> None:
+        """What operators want now; until one has spoken, the policy of the specification."""
+        policy = reply.policy or self._registration.specification.policy
+        orders, before = Orders(policy, reply.policy_revision, reply.override), self._local.orders
+        if orders == before:
+            return
+        self._local.orders = orders
+        if orders.policy_revision != before.policy_revision:
+            logger.info(
+                "an operator has spoken: run_id=%s policy_revision=%d policy=%s override=%s",
+                self._run_id,
+                orders.policy_revision,
+                policy.policy,
+                orders.override.kind if orders.override else "none",
+            )
+
     def _take_reply(self, reply: IngestReply | None, *, optimizer_step: int, slow: bool) -> None:
+        if reply is not None:
+            self._take_orders(reply)
         with self._changed:
             self._slow = slow
             self._answered_step = optimizer_step

@@ -1,4 +1,4 @@
-"""The policies, in this process."""
+"""The policies, in this process, as operators have left them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,29 @@ from collections.abc import Mapping
 from gns_controller.core.contract import Decision, NoiseScaleMeasurement
 from gns_controller.core.policies import PolicyState, decide
 from gns_controller.core.runs import RunSpecification
-from trainer_hooks.client.protocol import Verdict
+from trainer_hooks.client.protocol import Orders, Verdict
 
 
 class LocalController:
-    """Folds every measurement with the policy of the specification; nothing leaves the process.
+    """Folds every measurement with the policy of the specification, or an operator's; nothing leaves the process.
 
     Args:
         specification: of the run.
         state: where the fold starts.
         pending: decisions of a checkpoint that are not in force yet, by optimizer_step.
+        orders: of a checkpoint; None: the policy of the specification.
     """
 
     def __init__(
-        self, specification: RunSpecification, state: PolicyState, pending: Mapping[int, Decision] | None = None
+        self,
+        specification: RunSpecification,
+        state: PolicyState,
+        pending: Mapping[int, Decision] | None = None,
+        orders: Orders | None = None,
     ) -> None:
         self._specification = specification
+        self.orders = orders or Orders(specification.policy)
+        """What the next fold goes by. Any thread may put another tuple here; a fold reads it once."""
         self._state = state
         self._decisions = dict(pending or {})
 
@@ -45,12 +52,15 @@ class LocalController:
 
     def report(self, measurement: NoiseScaleMeasurement) -> None:
         """Fold it."""
+        orders = self.orders
         self._state, decision = decide(
-            self._specification.policy,
+            orders.policy,
             self._state,
             measurement,
             facts=self._specification.facts,
+            policy_revision=orders.policy_revision,
             follow_trainer=self._specification.mode == "active",
+            override=orders.override,
         )
         self._decisions[measurement.optimizer_step] = decision
 

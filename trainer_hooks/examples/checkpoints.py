@@ -19,7 +19,8 @@ from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import initial_state, plan_for
 
 SETTINGS = (
-    *("optimizer", "batch_size", "micro_batch_size", "budget_samples", "coupling", "min_sample_groups"),
+    *("optimizer", "batch_size", "micro_batch_size", "budget_samples", "coupling", "beta_coupling"),
+    "min_sample_groups",
     *("width", "layers", "heads", "context", "clip", "seed", "validation_samples", "corpus"),
 )
 """Options that make a run what it is; the learning rate is added as used."""
@@ -77,7 +78,8 @@ def with_batch(
     """A session's state that goes on with another batch, from the next step on.
 
     The learning-rate factor follows from the batch at the start of the run, in `rules`, so it is applied once however
-    often the batch has changed. What the policy had learnt or decided at the old batch is forgotten.
+    often the batch has changed. What the policy had learnt or decided at the old batch is forgotten, and so is what an
+    operator had wanted for the old run.
 
     Raises:
         BatchShapeError: these ranks cannot make that batch.
@@ -95,5 +97,6 @@ def with_batch(
         "plan": plan.model_dump(mode="json"),
         "policy_state": fresh.model_dump(mode="json"),
         "pending": {},
+        "orders": None,
         "due_exchanges": [],
     }

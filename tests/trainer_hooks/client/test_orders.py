@@ -1,0 +1,132 @@
+"""The trainer's own fold goes by what operators want, also while nobody answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from gns_controller.core.contract import Override
+from gns_controller.core.policies import HoldPolicyConfig, NoiseScalePolicyConfig
+from tests.gns_controller.core.measurements import measurement, reading
+from tests.gns_controller.service import Service
+from tests.trainer_hooks.client.test_http import Wire, client_for, refuse, specification
+from trainer_hooks.client import HttpController, Orders, orders_from, saved_orders
+
+PIN = {"kind": "pin", "global_batch_size": 128, "note": ""}
+HOLD = HoldPolicyConfig().model_dump(mode="json")
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Any:
+    service = Service(f"sqlite:///{tmp_path / 'gns.db'}")
+    yield service
+    service.close()
+
+
+def saying(service: Any, **word: Any) -> Any:
+    """The application's answers, as if an operator had spoken."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        response = service.transport.handle_request(request)
+        body = {**json.loads(response.content), **word}
+        return httpx.Response(response.status_code, json=body, request=request)
+
+    return answer
+
+
+def decided_locally(client: HttpController, step: int) -> Any:
+    client.report(measurement(step, reading(noise_scale=8.0)))
+    verdict = client.verdict(optimizer_step=step, deadline_seconds=3600)
+    assert verdict.source == "local"
+    return verdict.decision
+
+
+def test_a_pin_holds_through_an_outage_and_a_release_is_learnt_afterwards(service: Any, tmp_path: Path) -> None:
+    wire = Wire(service.transport)
+    wire.instead = saying(service, policy=HOLD, policy_revision=2, override=PIN)
+    client = client_for(wire, tmp_path)
+    client.wait_registered(deadline_seconds=10)
+    client.report(measurement(100, reading(noise_scale=8.0)))
+    client.verdict(optimizer_step=100, deadline_seconds=10)
+    wire.instead = refuse
+    for step in (200, 300):
+        # The outage is noticed with the first report: a deadline of an hour shows that nobody waits for more.
+        decision = decided_locally(client, step)
+        assert (decision.reason, decision.policy_revision, decision.policy) == ("override", 2, "hold")
+        assert decision.plan.global_batch_size == 128
+    wire.instead = saying(service, policy=HOLD, policy_revision=3, override=None)
+    client.close(deadline_seconds=10)
+    assert client.orders == Orders(HoldPolicyConfig(), 3, None)
+
+
+def test_the_registration_already_says_what_operators_want(service: Any, tmp_path: Path) -> None:
+    wire = Wire(service.transport)
+    wire.instead = saying(service, policy=HOLD, policy_revision=4, override=PIN)
+    client = client_for(wire, tmp_path)
+    client.wait_registered(deadline_seconds=10)
+    wire.instead = refuse
+    assert decided_locally(client, 100).reason == "override"
+    client.close(deadline_seconds=10)
+
+
+def test_a_controller_where_nobody_has_spoken_leaves_the_policy_of_the_specification(
+    service: Any, tmp_path: Path
+) -> None:
+    client = client_for(Wire(service.transport), tmp_path)
+    client.wait_registered(deadline_seconds=10)
+    client.report(measurement(100, reading(noise_scale=8.0)))
+    client.verdict(optimizer_step=100, deadline_seconds=10)
+    assert client.orders == Orders(specification().policy, 0, None)
+    client.close(deadline_seconds=10)
+
+
+def test_a_resume_without_an_answer_goes_by_the_checkpoint(tmp_path: Path) -> None:
+    orders = Orders(HoldPolicyConfig(), 5, Override(kind="pin", global_batch_size=128))
+    kept = json.loads(json.dumps({"orders": saved_orders(orders)}))
+    client = client_for(Wire(httpx.MockTransport(refuse)), tmp_path, orders=orders_from(kept))
+    decision = decided_locally(client, 100)
+    assert (decision.reason, decision.policy_revision, decision.plan.global_batch_size) == ("override", 5, 128)
+    client.close(deadline_seconds=10)
+
+
+def test_a_checkpoint_without_a_word_of_operators_changes_nothing() -> None:
+    assert saved_orders(Orders(HoldPolicyConfig())) is None
+    assert orders_from(None) is orders_from({}) is orders_from({"orders": None}) is None
+
+
+def test_a_fold_never_sees_half_an_answer(service: Any, tmp_path: Path) -> None:
+    """Answers come in as fast as they can while the training thread folds: each decision goes by one of them whole."""
+    policies = {1: HoldPolicyConfig(), 2: NoiseScalePolicyConfig(monotone=False)}
+    client = client_for(Wire(httpx.MockTransport(refuse)), tmp_path)
+    ended = threading.Event()
+
+    def speak() -> None:
+        while not ended.is_set():
+            for revision, policy in policies.items():
+                override = Override(kind="pin", global_batch_size=64 * revision)
+                client._local.orders = Orders(policy, revision, override)
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    speaker = threading.Thread(target=speak)
+    speaker.start()
+    try:
+        seen = set()
+        for step in range(100, 40_100, 100):
+            decision = decided_locally(client, step)
+            if decision.policy_revision:
+                seen.add(decision.policy_revision)
+                assert decision.policy == policies[decision.policy_revision].policy
+                assert decision.plan.global_batch_size == 64 * decision.policy_revision
+        assert seen == {1, 2}
+    finally:
+        sys.setswitchinterval(switch)
+        ended.set()
+        speaker.join()
+        client.close(deadline_seconds=10)
