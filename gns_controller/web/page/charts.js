@@ -1,7 +1,9 @@
 // The four charts of a run: one x axis, one cursor, one ink per quantity.
 
+import { batchesReplayed, cornersAhead } from "./ahead.js";
 import { h, setText } from "./dom.js";
 import * as format from "./format.js";
+import { band, cross, present, shade } from "./marks.js";
 
 /* global uPlot */
 
@@ -39,7 +41,7 @@ const CHARTS = [
       { key: "batch", label: "batch", ink: "batch", width: 1, stairs: true, show: format.whole },
     ],
     shade: (point) => point.unresolved,
-    band: true,
+    band: { ink: "interval", ends: (point) => [point.low, point.high] },
   },
   {
     key: "batch",
@@ -48,9 +50,34 @@ const CHARTS = [
     log: 2,
     about:
       "Samples per optimizer step over all ranks, as the trainer reported it. It changes only at a step boundary, " +
-      "on every rank at once. In shadow mode the dotted line is what the policy asks for and nobody obeys.",
+      "on every rank at once. From the ring on, the dashed line is the ramp to expect if everything measured stays as it is " +
+      "now, up to the end of the budget; the band is the same with both ends of the noise scale's interval. In shadow " +
+      "mode the dotted line is what the policy asks for and nobody obeys.",
+    ahead: true,
+    band: { ink: "ahead", ends: (row) => [row.least, row.most], stairs: true },
     series: [
       { key: "batch", label: "batch in force", ink: "batch", width: 2, stairs: true, show: format.whole },
+      {
+        key: "expected",
+        label: "expected",
+        ink: "expected",
+        dash: [6, 4],
+        width: 2,
+        stairs: true,
+        show: format.whole,
+        detail: (row) => (row.expected ? spread(row.least, row.most) : ""),
+        when: (panel) => panel.corners.length > 0,
+      },
+      {
+        key: "edited",
+        label: "edited policy",
+        ink: "person",
+        dash: [9, 3],
+        width: 2,
+        stairs: true,
+        show: format.whole,
+        when: (panel) => panel.charts.replayed !== null,
+      },
       {
         key: "requested",
         label: "asked for",
@@ -92,6 +119,8 @@ export class Charts {
     this.specification = specification;
     this.clock = "samples";
     this.points = [];
+    this.projection = null;
+    this.replayed = null;
     this.zoomed = false;
     this.element = h("div", { class: "charts" });
     this.panels = CHARTS.map((chart) => new Panel(chart, this));
@@ -121,10 +150,24 @@ export class Charts {
 
   update(points) {
     this.points = points;
-    const clock = CLOCKS[this.clock];
-    const tokens = this.specification.tokens_per_sample ?? 1;
-    this.x = points.map((point) => clock.of(point, tokens));
     for (const panel of this.panels) panel.draw();
+  }
+
+  /** What is expected to come, or null. */
+  foresee(projection) {
+    this.projection = projection;
+    for (const panel of this.panels) if (panel.chart.ahead) panel.draw();
+  }
+
+  /** The rows of a replay of another policy, or null to take them away again. */
+  compare(rows) {
+    this.replayed = rows;
+    for (const panel of this.panels) if (panel.chart.ahead) panel.draw();
+  }
+
+  /** Where a row stands on the x axis. */
+  placeOf(row) {
+    return CLOCKS[this.clock].of(row, this.specification.tokens_per_sample ?? 1);
   }
 }
 
@@ -135,6 +178,10 @@ class Panel {
     this.series = chart.series.filter((series) => !series.only || series.only(charts.specification));
     this.values = this.series.map(() => h("strong", { class: "value" }, "–"));
     this.details = this.series.map((series) => (series.detail ? h("span", { class: "detail" }) : null));
+    this.rows = [];
+    this.corners = [];
+    this.x = [];
+    this.now = null;
     this.canvas = h("div", { class: "plot", role: "img" });
     this.waiting = h("p", { class: "waiting" }, "No measurement yet");
     this.note = h("span", { class: "note" });
@@ -160,7 +207,7 @@ class Panel {
         ...this.series.map((series, index) =>
           h(
             "li",
-            {},
+            { hidden: Boolean(series.when) },
             h("span", { class: `swatch ${series.ink}-swatch`, "aria-hidden": "true" }),
             h("span", {}, series.label),
             this.values[index],
@@ -188,10 +235,14 @@ class Panel {
   }
 
   draw() {
-    const { points, x } = this.charts;
-    this.waiting.hidden = points.length > 0;
-    if (points.length > 0) {
-      const data = [x, ...this.series.map((series) => points.map((point) => valueOf(series, point)))];
+    this.gather();
+    const { rows, x } = this;
+    this.waiting.hidden = rows.length > 0;
+    this.series.forEach((series, place) => {
+      if (series.when) this.values[place].parentElement.hidden = !series.when(this);
+    });
+    if (rows.length > 0) {
+      const data = [x, ...this.series.map((series) => rows.map((row) => valueOf(series, row)))];
       if (this.plot) {
         const kept = this.charts.zoomed ? { ...this.plot.scales.x } : null;
         this.plot.setData(data, !kept);
@@ -203,26 +254,52 @@ class Panel {
     this.readOut(null);
   }
 
+  /** The rows of this chart: the points, and where it looks ahead, the replayed batches and the corners to come. */
+  gather() {
+    const { points, projection, replayed, specification } = this.charts;
+    this.rows = points;
+    if (this.chart.ahead && points.length > 0) {
+      const first = specification.batch.global_batch_size;
+      const edited = replayed && batchesReplayed(replayed, points, first);
+      if (edited) this.rows = points.map((point, index) => ({ ...point, edited: edited[index] }));
+      this.corners = cornersAhead(projection, points.at(-1), specification.budget_samples);
+      this.now = { index: points.length - 1, value: points.at(-1).batch };
+      this.rows = this.rows.concat(this.corners.filter((corner) => corner.samples > points.at(-1).samples));
+      if (this.corners[0]?.samples === points.at(-1).samples) {
+        this.rows[points.length - 1] = { ...this.rows[points.length - 1], ...this.corners[0] };
+      }
+    }
+    this.x = this.rows.map((row) => this.charts.placeOf(row));
+  }
+
   /** The legend: values under the cursor, or the latest. */
   readOut(index) {
-    const { points } = this.charts;
+    const { rows } = this;
     const latest = index === null || index === undefined;
-    const point = latest ? points.at(-1) : points[index];
+    const row = latest ? rows.at(-1) : rows[index];
     this.series.forEach((series, place) => {
-      const value = latest ? latestOf(points, series.key) : points[index]?.[series.key];
+      const value = latest ? latestOf(rows, series.key) : row?.[series.key];
       setText(this.values[place], series.show(value ?? null));
-      if (series.detail) setText(this.details[place], point ? series.detail(point) : "");
+      if (series.detail) setText(this.details[place], row ? series.detail(row) : "");
     });
     const words = [];
-    if (point && this.chart.shade?.(point)) words.push(`unresolved: at least about ${format.compact(point.batch)}`);
-    if (point && this.chart.crosses?.(point)) words.push("not finite");
+    if (row && this.chart.shade?.(row)) words.push(`unresolved: at least about ${format.compact(row.batch)}`);
+    if (row && this.chart.crosses?.(row)) words.push("not finite");
     setText(this.note, words.join(", "));
     if (!latest) return;
-    const spoken = this.series.map((series, place) => {
+    const spoken = this.series.flatMap((series, place) => {
+      if (series.when && !series.when(this)) return [];
       const detail = this.details[place]?.textContent;
-      return `${series.label} ${this.values[place].textContent}${detail ? `, ${detail}` : ""}`;
+      const ahead = series.key === "expected" ? " at the end" : "";
+      return [`${series.label}${ahead} ${this.values[place].textContent}${detail ? `, ${detail}` : ""}`];
     });
     this.canvas.setAttribute("aria-label", `${this.chart.title}, latest: ${[...spoken, ...words].join(", ")}`);
+  }
+
+  /** Room for the interval ahead too, which is no line. */
+  withBand(low, high) {
+    const ends = this.corners.flatMap((corner) => [corner.least, corner.most]);
+    return low === null ? [low, high] : [Math.min(low, ...ends), Math.max(high, ...ends)];
   }
 
   options() {
@@ -246,7 +323,7 @@ class Panel {
       scales: {
         x: { time: false, range: (_, low, high) => (low === high ? [Math.max(0, low - 1), high + 1] : [low, high]) },
         y: chart.log
-          ? { distr: 3, log: chart.log, range: (_, low, high) => logRange(low, high, chart.log) }
+          ? { distr: 3, log: chart.log, range: (_, low, high) => logRange(...this.withBand(low, high), chart.log) }
           : { range: (_, low, high) => linearRange(low, high) },
       },
       axes: [
@@ -286,10 +363,17 @@ class Panel {
       ],
       hooks: {
         drawClear: [
-          (plot) => this.shade(plot, ink("unresolved"), ink("unresolved-edge")),
-          (plot) => this.band(plot, ink("interval")),
+          (plot) => {
+            if (chart.shade) shade(plot, this, ink);
+            if (chart.band) band(plot, this, ink);
+          },
         ],
-        draw: [(plot) => this.cross(plot, ink("danger"))],
+        draw: [
+          (plot) => {
+            if (chart.crosses) cross(plot, this, ink);
+            if (this.corners.length > 0) present(plot, this, ink, style.getPropertyValue("--sans").trim());
+          },
+        ],
         setCursor: [(plot) => this.readOut(plot.cursor.idx)],
         setSelect: [
           (plot) => {
@@ -307,86 +391,6 @@ class Panel {
       },
     };
   }
-
-  /** Shade the stretches where the reading is unresolved. */
-  shade(plot, fill, edge) {
-    if (!this.chart.shade) return;
-    const { points, x } = this.charts;
-    const { left, top, width, height } = plot.bbox;
-    const context = plot.ctx;
-    context.save();
-    context.beginPath();
-    context.rect(left, top, width, height);
-    context.clip();
-    for (let start = 0; start < points.length; start += 1) {
-      if (!this.chart.shade(points[start])) continue;
-      let end = start;
-      while (end + 1 < points.length && this.chart.shade(points[end + 1])) end += 1;
-      const from = plot.valToPos(x[Math.max(0, start - 1)], "x", true);
-      const to = Math.max(plot.valToPos(x[end], "x", true), from + 2);
-      context.fillStyle = fill;
-      context.fillRect(from, top, to - from, height);
-      context.fillStyle = edge;
-      context.fillRect(from, top + height - 3 * devicePixelRatio, to - from, 3 * devicePixelRatio);
-      start = end;
-    }
-    context.restore();
-  }
-
-  /** Fill from the lower to the upper end of the interval, up to the top where there is no upper end. */
-  band(plot, fill) {
-    if (!this.chart.band) return;
-    const { points, x } = this.charts;
-    const { left, top, width, height } = plot.bbox;
-    const context = plot.ctx;
-    const at = (index) => plot.valToPos(x[index], "x", true);
-    const ends = (point) => [
-      point.low > 0 ? Math.min(plot.valToPos(point.low, "y", true), top + height) : top + height,
-      point.high > 0 ? Math.max(plot.valToPos(point.high, "y", true), top) : top,
-    ];
-    context.save();
-    context.beginPath();
-    context.rect(left, top, width, height);
-    context.clip();
-    context.fillStyle = fill;
-    for (let start = 0; start < points.length; start += 1) {
-      if (points[start].low === null) continue;
-      let end = start;
-      while (end + 1 < points.length && points[end + 1].low !== null) end += 1;
-      context.beginPath();
-      for (let index = start; index <= end; index += 1) context.lineTo(at(index), ends(points[index])[1]);
-      for (let index = end; index >= start; index -= 1) context.lineTo(at(index), ends(points[index])[0]);
-      context.closePath();
-      context.fill();
-      start = end;
-    }
-    context.restore();
-  }
-
-  /** A small cross at the foot of the chart for each loss that was not finite. */
-  cross(plot, stroke) {
-    if (!this.chart.crosses) return;
-    const { points, x } = this.charts;
-    const { left, top, width, height } = plot.bbox;
-    const context = plot.ctx;
-    const arm = 4 * devicePixelRatio;
-    const y = top + height - 2.5 * arm;
-    context.save();
-    context.strokeStyle = stroke;
-    context.lineWidth = 1.5 * devicePixelRatio;
-    points.forEach((point, index) => {
-      if (!this.chart.crosses(point)) return;
-      const at = plot.valToPos(x[index], "x", true);
-      if (at < left || at > left + width) return;
-      context.beginPath();
-      context.moveTo(at - arm, y - arm);
-      context.lineTo(at + arm, y + arm);
-      context.moveTo(at + arm, y - arm);
-      context.lineTo(at - arm, y + arm);
-      context.stroke();
-    });
-    context.restore();
-  }
 }
 
 /** What uPlot draws: null is a gap, undefined is nothing to draw and the line goes on. */
@@ -396,12 +400,18 @@ function valueOf(series, point) {
   return Number.isFinite(value) ? value : null;
 }
 
-function latestOf(points, key) {
-  if (key !== "validation") return points.at(-1)?.[key];
-  for (let index = points.length - 1; index >= 0; index -= 1) {
-    if (points[index][key] !== null) return points[index][key];
+/** The newest value: of the newest point, except where points may come without one. Of `expected`, the last. */
+function latestOf(rows, key) {
+  const skips = key === "validation" ? null : undefined;
+  for (let index = rows.length - 1; index >= 0; index -= 1) {
+    if (rows[index][key] !== skips && rows[index][key] !== undefined) return rows[index][key];
   }
   return null;
+}
+
+/** "256 to 1,024", or nothing where both ends are the same. */
+function spread(least, most) {
+  return least === most ? "" : `${format.whole(least)} to ${format.whole(most)}`;
 }
 
 function logRange(low, high, base) {

@@ -1,7 +1,8 @@
-// The table of decisions: newest first, changes emphasised, a bounded number of rows.
+// The table of decisions and of operators' words: newest first, changes emphasised, a bounded number of rows.
 
 import { h, setText } from "./dom.js";
 import * as format from "./format.js";
+import { controlText } from "./words.js";
 
 const MOST_ROWS = 150;
 const HELD = new Set(["warmup", "hold", "hold_below_deadband", "hold_monotone", "hold_dwell"]);
@@ -9,6 +10,7 @@ const WARNED = new Set(["hold_unresolved", "hold_not_finite", "hold_no_reading"]
 
 /** Which ink a reason's badge has. */
 export function toneOf(reason) {
+  if (reason === "override") return "person";
   if (WARNED.has(reason)) return "warned";
   return HELD.has(reason) ? "held" : "moved";
 }
@@ -69,6 +71,14 @@ export class Decisions {
     this.stale = true;
   }
 
+  /** A word of an operator: with the changes too, because it changes who decides. */
+  addControl(control) {
+    const entry = { sequence: control.sequence, control };
+    push(this.all, entry);
+    push(this.changes, entry);
+    this.stale = true;
+  }
+
   draw() {
     if (!this.stale) return;
     this.stale = false;
@@ -102,7 +112,8 @@ export function badge(reason) {
   return h("span", { class: "badge", dataset: { tone: toneOf(reason) } }, reason.replaceAll("_", " "));
 }
 
-function rowOf({ sequence, decision }) {
+function rowOf({ sequence, decision, control }) {
+  if (control) return controlRow(control);
   const changed = isChange(decision);
   const before = format.whole(decision.previous_batch_size);
   const after = format.whole(decision.plan.global_batch_size);
@@ -116,5 +127,23 @@ function rowOf({ sequence, decision }) {
     h("td", { class: "numeric batch-move" }, changed ? `${before} → ${after}` : after),
     h("td", { class: "numeric" }, format.compact(decision.noise_scale)),
     h("td", { class: "numeric" }, format.ratio(decision.resolution), decision.unresolved ? " (unresolved)" : ""),
+  );
+}
+
+/** A line of its own: who spoke, what was said, when. */
+function controlRow(control) {
+  const kind = control.action === "override" ? control.override?.kind ?? control.action : control.action;
+  const at = new Date(control.received_at);
+  return h(
+    "tr",
+    { class: "control", dataset: { sequence: control.sequence } },
+    h("td", { class: "numeric", colspan: 2 }, `revision ${format.whole(control.policy_revision)}`),
+    h("td", {}, h("span", { class: "badge", dataset: { tone: "person" } }, kind)),
+    h("td", { class: "sentence", colspan: 2 }, controlText(control)),
+    h(
+      "td",
+      { class: "numeric", colspan: 2 },
+      h("time", { datetime: control.received_at, title: at.toLocaleString() }, format.moment(control.received_at)),
+    ),
   );
 }

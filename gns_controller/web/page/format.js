@@ -111,3 +111,12 @@ export function noiseScale(decision) {
   if (finite(decision.noise_sq) === null) return "–";
   return "unresolved";
 }
+
+/** A moment of the past in the reader's own time: 10:41:07 today, else with its date. */
+export function moment(isoTime, now = new Date()) {
+  const at = new Date(isoTime);
+  const clock = at.toLocaleTimeString("en-GB");
+  if (at.toDateString() === now.toDateString()) return clock;
+  const year = at.getFullYear() === now.getFullYear() ? undefined : "numeric";
+  return `${at.toLocaleDateString("en-GB", { day: "numeric", month: "short", year })}, ${clock}`;
+}

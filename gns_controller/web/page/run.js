@@ -1,9 +1,10 @@
-// One run: what it is, where it stands, four charts and the decisions behind them.
+// One run: what it is, where it stands, who decides, four charts and the decisions behind them.
 //
 // History and news arrive on one event stream, replayed from the beginning, so nothing can fall between the two.
 
 import { ApiError, follow, get } from "./api.js";
 import { CLOCKS, Charts } from "./charts.js";
+import { Control } from "./control.js";
 import { Decisions, badge } from "./decisions.js";
 import { h, setText, showConnection } from "./dom.js";
 import * as format from "./format.js";
@@ -26,7 +27,15 @@ export async function showRun(root, runId) {
   const charts = new Charts(specification);
   const readings = new Readings(specification);
   const decisions = new Decisions();
-  root.append(header.element, toolbar(charts, specification), charts.element, readings.element, decisions.element);
+  const control = new Control({ view, path, charts });
+  root.append(
+    header.element,
+    control.element,
+    toolbar(charts, specification),
+    charts.element,
+    readings.element,
+    decisions.element,
+  );
   charts.rebuild();
   header.update(view);
   readings.add(view.last_measurement, view.policy);
@@ -39,33 +48,40 @@ export async function showRun(root, runId) {
     setTimeout(() => {
       waiting = false;
       charts.update(history.points);
+      control.follow(header.view);
       readings.draw();
       decisions.draw();
     }, DRAW_MILLISECONDS);
   };
+  let foreseen = null;
+  const foresee = async (now) => {
+    const key = [now.num_measurements, now.attempt, now.policy_revision].join();
+    if (foreseen === key) return;
+    const schedule = await get(`${path}/schedule`);
+    foreseen = key;
+    history.learnPlans(schedule.plans);
+    header.foresee(schedule.projection);
+    charts.foresee(schedule.projection);
+  };
   const refresh = async () => {
     if (document.hidden) return;
     try {
-      header.update(await get(path));
+      const now = await get(path);
+      header.update(now);
+      control.update(now);
+      await foresee(now);
     } catch {
       // The stream's own state is what the top bar shows.
     }
   };
-  const learnPlans = async () => {
-    try {
-      history.learnPlans((await get(`${path}/schedule`)).plans);
-    } catch {
-      // Factors then come from the decisions alone.
-    }
-  };
 
   let announced = null;
-  const afterRegistration = () => {
+  const soon = () => {
     clearTimeout(announced);
-    announced = setTimeout(() => Promise.all([refresh(), learnPlans()]), DRAW_MILLISECONDS);
+    announced = setTimeout(refresh, DRAW_MILLISECONDS);
   };
 
-  await learnPlans();
+  await foresee(view).catch(() => {}); // factors then come from the decisions alone
   setInterval(refresh, VIEW_MILLISECONDS);
   setInterval(() => header.tick(), 1000);
   document.addEventListener("visibilitychange", refresh);
@@ -82,7 +98,11 @@ export async function showRun(root, runId) {
         if (news.measurement.attempt >= header.view.attempt) readings.add(news.measurement, header.view.policy);
         redraw();
       } else {
-        afterRegistration();
+        if (event.type === "control") {
+          decisions.addControl(JSON.parse(event.data));
+          redraw();
+        }
+        soon();
       }
     },
   });
@@ -158,11 +178,14 @@ class Header {
       return { element: h("div", { class: "tile" }, h("span", { class: "label" }, label), value, note), value, note };
     };
     this.batch = tile("Batch now", "batch-ink");
-    this.rate = tile("Learning-rate factor", "rate-ink");
+    this.rate = tile("Learning rate", "rate-ink");
     this.noise = tile("Noise scale", "noise-ink");
     this.loss = tile("Training loss", "loss-ink");
     this.speed = tile("Throughput", "");
     this.report = tile("Last report", "");
+    this.left = tile("Steps left", "");
+    this.saved = tile("Steps saved", "");
+    this.projection = null;
     this.state = h("span", { class: "state", role: "status", "aria-live": "polite" });
     this.progress = h("progress", { max: "1", "aria-label": "Progress" });
     this.share = h("span", { class: "quiet" });
@@ -181,7 +204,9 @@ class Header {
       h(
         "div",
         { class: "tiles" },
-        ...[this.batch, this.rate, this.noise, this.loss, this.speed, this.report].map((one) => one.element),
+        ...[this.batch, this.rate, this.noise, this.loss, this.speed, this.report, this.left, this.saved].map(
+          (one) => one.element,
+        ),
       ),
       h("p", { class: "latest", role: "status", "aria-live": "polite" }, this.reason, this.sentence),
     );
@@ -207,6 +232,12 @@ class Header {
     });
   }
 
+  /** What is expected to come, or null. */
+  foresee(projection) {
+    this.projection = projection;
+    this.update(this.view);
+  }
+
   update(view) {
     this.view = view;
     const { specification, last_measurement: measurement, last_decision: decision } = view;
@@ -225,6 +256,11 @@ class Header {
     const perSecond = format.finite(measurement?.samples_per_second);
     setText(this.speed.value, perSecond === null ? "–" : `${format.compact(perSecond)} /s`);
     setText(this.speed.note, measurement?.step_seconds == null ? "samples" : `samples, ${format.seconds(measurement.step_seconds)} per step`);
+    const [left, leftNote] = leftTexts(view, this.projection);
+    setText(this.left.value, left);
+    setText(this.left.note, leftNote);
+    setText(this.saved.value, view.savings ? format.whole(view.savings.steps_saved) : "–");
+    setText(this.saved.note, savedNote(view.savings));
     this.progress.value = Math.min(1, view.samples_seen / specification.budget_samples);
     setText(this.share, progressText(view));
     const finished = view.state === "finished";
@@ -239,7 +275,9 @@ class Header {
     const key = JSON.stringify(facts);
     if (this.shown !== key) {
       this.shown = key;
-      this.facts.replaceChildren(...facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+      this.facts.replaceChildren(
+        ...facts.map(([name, value, about]) => h("div", {}, h("dt", {}, name), h("dd", {}, value, about && question(name, about)))),
+      );
     }
     this.tick();
   }
@@ -249,6 +287,34 @@ class Header {
     setText(this.report.note, `attempt ${this.view.attempt}, step ${format.whole(this.view.optimizer_step)}`);
   }
 }
+
+/** A question mark that opens what a fact means: by mouse, touch, keyboard and screen reader alike. */
+function question(name, about) {
+  return h("details", { class: "about" }, h("summary", { "aria-label": `What ${name.toLowerCase()} means` }, "?"), h("p", {}, about));
+}
+
+/** Optimizer steps to the end of the budget, and the interval around them. */
+function leftTexts(view, projection) {
+  if (view.state === "finished") return ["0", "the budget is used up"];
+  if (!projection) return ["–", "known after the first measurement"];
+  const { expected, least, most } = projection.steps_left;
+  return [format.whole(expected), least === most ? "expected" : `${format.whole(least)} to ${format.whole(most)}`];
+}
+
+/** What the ramp so far was worth beside the batch of the start, in steps and time; losses are called losses. */
+export function savedNote(savings) {
+  if (!savings) return "known after the first measurement";
+  const { constant_batch_size: batch, steps_saved: saved, steps_saved_share: share, seconds_saved: time } = savings;
+  const size = `${format.percent(Math.abs(share), 1)} ${saved < 0 ? "more" : "fewer"} than`;
+  const steps = `${saved === 0 ? "as many as" : size} with a constant ${format.whole(batch)}`;
+  if (time === null) return `${steps}, time not known yet`;
+  return `${steps}, ${format.seconds(Math.abs(time))} ${time < 0 ? "lost" : "saved"}`;
+}
+
+const ADVISED =
+  "The most ranks that the present batch keeps busy with whole micro-batches: batch over micro-batch size. With more ranks " +
+  "each would get a smaller micro-batch; with fewer, ranks accumulate over several passes. Advice for whoever scales " +
+  "the job: nothing here applies it.";
 
 function noiseNote(view) {
   const decision = view.last_decision;
@@ -285,6 +351,7 @@ function factsOf(view) {
     ...(policy.correct_few_groups ? [["Corrected", "for few groups"]] : []),
     ...(policy.noise_tolerance === undefined ? [] : [["Noise tolerance", String(policy.noise_tolerance)]]),
     ["Batch", `${plan.micro_batch_size} × ${plan.gradient_accumulation_steps} passes × ${ranks} ranks`],
+    ["Advised ranks", format.whole(view.advised_data_parallel_size), ADVISED],
     ["Measured every", interval ? intervalText(interval) : "as often as its budget allows"],
     ...(budget ? [["Measuring may take", `${format.compact(100 * budget)} %`]] : []),
     ...(specification.mode === "shadow" ? [["Mode", "shadow: decides, changes nothing"]] : []),
