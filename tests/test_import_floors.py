@@ -57,6 +57,8 @@ SERVICE = {
     "gns_controller.demo": (14, {"httpx", "rich", "matplotlib"}),
     "gns_controller.serving": (14, {"uvicorn", "fastapi", "prometheus_client"}),
     "gns_controller.doctor": (14, {"httpx"}),
+    "gns_controller.remote": (14, {"httpx"}),
+    "gns_controller.replaying": (14.5, {"pydantic"}),
     "gns_controller.cli": (15, {"typer", "uvicorn", "rich", "httpx", "pydantic"}),
     "gns_controller.__main__": (16, set()),
 }
@@ -74,6 +76,7 @@ TRAINER = {
     "trainer_hooks.clipping": (2.5, {"torch"}),
     "trainer_hooks.selftest": (3, {"torch"}),
     "trainer_hooks.steps": (3, {"torch"}),
+    "trainer_hooks.needs": (3, set()),
     "trainer_hooks.measuring": (3.2, {"torch"}),
     "trainer_hooks.session": (3.5, {"torch"}),
     "trainer_hooks.integrations": (4, {"torch"}),

@@ -13,11 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable
 from gns_controller.core.contract import BatchPlan, Direction, Estimator, RunId, Span
-from gns_controller.core.errors import GeometryError, InvalidInputError, TooFewGroupsError
+from gns_controller.core.errors import InvalidInputError, TooFewGroupsError
 from gns_controller.core.policies import AnyPolicyConfig, PolicyState, plan_for
 from gns_controller.core.policies.documents import read_policy
 from gns_controller.core.policies.frame import PolicyConfig
-from trainer_hooks.capture import MeasuredGroup
 from trainer_hooks.estimators.spectral import SpectralNorms
 
 logger = logging.getLogger(__name__)
@@ -142,24 +141,12 @@ def check_names(run: str, estimators: Sequence[str], directions: Sequence[str], 
         )
 
 
-def check_measurable(
-    groups: Sequence[MeasuredGroup],
-    policy: AnyPolicyConfig,
-    *,
-    global_batch_size: int,
-    data_parallel_size: int,
-) -> None:
-    """There is something to compare, in the geometry that the policy follows."""
+def check_measurable(*, global_batch_size: int, data_parallel_size: int) -> None:
+    """There is something to compare."""
     if data_parallel_size == 1 and global_batch_size < 2:
         raise TooFewGroupsError(
             "one rank with one sample per step has nothing to compare: raise global_batch_size to 2 or more "
             "(a measured step is then split into two micro-batches), or use two ranks."
-        )
-    found = sorted({group.geometry for group in groups})
-    if policy.geometry is not None and policy.geometry not in found:
-        raise GeometryError(
-            f"the policy follows geometry {policy.geometry!r}, and no parameter group has it; "
-            f"groups have {', '.join(found)}."
         )
 
 

@@ -110,9 +110,20 @@ class Measuring:
             return groups
         return max(groups, 1 << self.num_patterns.bit_length())
 
+    @property
+    def described_groups(self) -> tuple[MeasuredGroup, ...]:
+        """With those that are measured in the l2 norm besides their own."""
+        if not self._measured.also_euclidean:
+            return self.groups
+        return self.groups + tuple(group.in_the_euclidean_norm() for group in self.groups)
+
     def describe(self) -> str:
         """For the line printed at attach."""
         found = f"estimators={','.join(self._measured.estimators)} directions={','.join(self._measured.directions)}"
+        if self._measured.also_euclidean:
+            found += " also=euclidean"
+        if self._measured.inner_products:
+            found += " inner_products"
         if self._interval is not None:
             found += f" interval={self._interval.steps or self._interval.samples}"
             found += "_steps" if self._interval.steps else "_samples"
@@ -302,12 +313,20 @@ class Measuring:
 
     @property
     def _make_capture(self) -> Callable[[Dealing], GradientCapture]:
-        reader, layout, estimators = self._reader, self._layout, self._measured.estimators
+        reader, layout, measured = self._reader, self._layout, self._measured
+        estimators = measured.estimators
 
         def make(dealing: Dealing) -> GradientCapture:
             if layout.averages_in_backward:
                 return Fsdp2Capture(reader.parameters, reader.spectral, estimators, dealing, layout, reader.owners)
-            return DdpCapture(reader.parameters, reader.spectral, estimators, dealing, layout)
+            return DdpCapture(
+                reader.parameters,
+                reader.spectral,
+                estimators,
+                dealing,
+                layout,
+                inner_products=measured.inner_products,
+            )
 
         return make
 

@@ -42,7 +42,7 @@ from gns_controller.core.runs import RunSpecification
 from trainer_hooks.batching import SampleStream
 from trainer_hooks.batching.schedule import LearningRateSchedule, sampled
 from trainer_hooks.budget import MeasurementCost
-from trainer_hooks.capture import DEFAULT_EXCLUDE, Layout, Measured, MeasuredGroup, find_groups, find_layout
+from trainer_hooks.capture import DEFAULT_EXCLUDE, Layout, MeasuredGroup, find_groups, find_layout
 from trainer_hooks.checks import (
     STATE_VERSION,
     PolicyGiven,
@@ -58,6 +58,7 @@ from trainer_hooks.collectives import broadcast_plan
 from trainer_hooks.coupled import CoupledOptimizers, check_couplings, factor_for, find_couplings
 from trainer_hooks.estimators.spectral import SpectralNorms
 from trainer_hooks.measuring import Measuring
+from trainer_hooks.needs import needs_of
 from trainer_hooks.steps import GradientScaler, Step
 
 logger = logging.getLogger(__name__)
@@ -248,7 +249,19 @@ class AdaptiveBatch:
             decision_delay_steps=decision_delay_steps,
         )
         policy = policy or NoiseScalePolicyConfig(warmup=Span(samples=max(int(0.15 * budget_samples), 1)))
-        check_measurable(groups, policy, global_batch_size=global_batch_size, data_parallel_size=data_parallel.size)
+        check_measurable(global_batch_size=global_batch_size, data_parallel_size=data_parallel.size)
+        needs = needs_of(
+            policy,
+            groups=groups,
+            layout=layout,
+            estimators=estimators,
+            directions=directions,
+            spectral_norms=spectral_norms,
+            progress_curve=progress_curve,
+            background_eigenvalues=background_eigenvalues,
+            num_sign_patterns=num_sign_patterns,
+            min_sample_groups=min_sample_groups,
+        )
         facts = RunFacts(rules, budget_samples, tokens_per_sample)
         check_couplings(policy, facts, [group.geometry for group in groups])
         if measurement_interval is None and measurement_budget is None:
@@ -264,17 +277,11 @@ class AdaptiveBatch:
             groups=groups,
             optimizers=optimizers,
             layout=layout,
-            measured=Measured(
-                estimators=tuple(dict.fromkeys(estimators or [policy.estimator])),
-                directions=tuple(dict.fromkeys(directions or [policy.direction])),
-                spectral_norms=spectral_norms or ("polar_express" if layout.ranks.device.type == "cuda" else "exact"),
-                progress_curve=progress_curve,
-                background=background_eigenvalues,
-            ),
+            measured=needs.measured,
             interval=measurement_interval,
             budget=measurement_budget,
-            num_sign_patterns=num_sign_patterns,
-            min_sample_groups=min_sample_groups,
+            num_sign_patterns=needs.num_sign_patterns,
+            min_sample_groups=needs.min_sample_groups,
             micro_batch_size=micro_batch_size,
         )
         measuring.check(global_batch_size)
@@ -292,7 +299,7 @@ class AdaptiveBatch:
             budget_samples=budget_samples,
             tokens_per_sample=tokens_per_sample,
             optimizer=" + ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)),
-            parameter_groups=tuple(group.description() for group in groups),
+            parameter_groups=tuple(group.description() for group in measuring.described_groups),
             measurement_interval=measurement_interval,
             measurement_budget=measurement_budget,
             policy=policy,

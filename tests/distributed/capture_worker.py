@@ -22,9 +22,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from gns_controller.core.contract import GroupReading, Span
-from gns_controller.core.policies import HoldPolicyConfig
+from gns_controller.core.policies import (
+    AnyPolicyConfig,
+    HoldPolicyConfig,
+    InnerProductTestPolicyConfig,
+    NormTestPolicyConfig,
+)
 from trainer_hooks import AdaptiveBatch
-from trainer_hooks.estimators import choose_patterns, progress_curve, rank_variance, split_over_patterns
+from trainer_hooks.estimators import (
+    choose_patterns,
+    inner_product_variance,
+    progress_curve,
+    rank_variance,
+    split_over_patterns,
+)
 from trainer_hooks.optim import Muon, Signum
 
 WIDTH, VOCABULARY = 12, 21
@@ -120,6 +131,16 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def policy_of(case: dict[str, Any]) -> AnyPolicyConfig:
+    """None of them changes the batch."""
+    never = Span(samples=10**9)
+    if case.get("policy") == "inner_product_test":
+        return InnerProductTestPolicyConfig(warmup=never)
+    if case.get("policy") == "norm_test":
+        return NormTestPolicyConfig(warmup=never)
+    return HoldPolicyConfig(estimator=case["estimators"][0], direction=case.get("directions", ["gradient"])[0])
+
+
 def run_case(name: str, case: dict[str, Any]) -> None:
     torch.manual_seed(0)
     dtype = getattr(torch, case.get("dtype", "float32"))
@@ -137,7 +158,7 @@ def run_case(name: str, case: dict[str, Any]) -> None:
         global_batch_size=case["batch"],
         micro_batch_size=case["micro"],
         budget_samples=case.get("steps", 4) * case["batch"],
-        policy=HoldPolicyConfig(estimator=case["estimators"][0], direction=case.get("directions", ["gradient"])[0]),
+        policy=policy_of(case),
         measurement_interval=Span(steps=2),
         estimators=case["estimators"],
         directions=case.get("directions", ["gradient"]),
@@ -215,13 +236,13 @@ def compare(
                 cells.append((rank, index * num_chunks // num_micro_batches))
         signs = [[p.sign(rank=rank, micro_batch=chunk) for rank, chunk in cells] for p in patterns]
         for reading in session.last_readings:
-            if reading.group != group.name:
+            if reading.group not in (group.name, f"{group.name}, euclidean"):
                 continue
             line = {
                 "case": name,
                 "step": session.optimizer_step,
-                "group": group.name,
-                "geometry": group.geometry,
+                "group": reading.group,
+                "geometry": reading.geometry,
                 "estimator": reading.estimator,
                 "direction": reading.direction,
                 "num_groups": reading.num_groups,
@@ -232,7 +253,7 @@ def compare(
             if reading.progress_curve:
                 order = sorted(range(len(cells)), key=lambda k: [row[k] for row in signs])
                 curve = progress_curve(
-                    [all_grads[k] for k in order], [all_sizes[k] for k in order], geometry=group.geometry
+                    [all_grads[k] for k in order], [all_sizes[k] for k in order], geometry=reading.geometry
                 )
                 smallest = reading.progress_curve[0]
                 line["measured"].append(smallest.progress)
@@ -242,7 +263,7 @@ def compare(
 
 def values_of(reading: GroupReading) -> list[float]:
     errors = (reading.noise_standard_error, reading.progress_standard_error)
-    fields = (reading.noise, reading.signal, reading.progress, *errors)
+    fields = (reading.noise, reading.signal, reading.inner_product_variance, reading.progress, *errors)
     return [value for value in fields if value is not None]
 
 
@@ -258,7 +279,9 @@ def reference(
     geometry = reading.geometry
     if reading.estimator == "rank_variance":
         found = rank_variance(grads, sizes, geometry=geometry)
-        return [float(found.noise), float(found.signal)]
+        asked = case.get("policy") == "inner_product_test" and geometry == "euclidean"
+        inner = [float(inner_product_variance(grads, sizes))] if asked else []
+        return [float(found.noise), float(found.signal), *inner]
     if reading.direction == "update":
         return update_reference(geometry, grads, sizes, signs[0], names, momenta, case)
     found = split_over_patterns(grads, sizes, signs, geometry=geometry)

@@ -35,6 +35,22 @@ DDP: dict[str, dict[str, Any]] = {
     "signum-update": {"optimizer": "signum", "batch": 16, "micro": 4, "directions": ["update"]},
     "sgd-update": {"optimizer": "sgd", "batch": 16, "micro": 4, "directions": ["update"]},
     "muon-polar-express": {"optimizer": "muon", "batch": 64, "micro": 8, "norms": "polar_express"},
+    "sgd-inner-products": {"optimizer": "sgd", "batch": 48, "micro": 4, "policy": "inner_product_test"},
+    "signum-inner-products": {
+        "optimizer": "signum",
+        "batch": 20,
+        "micro": 20,
+        "min_groups": 12,
+        "policy": "inner_product_test",
+    },
+    "muon-inner-products": {
+        "optimizer": "muon",
+        "batch": 64,
+        "micro": 8,
+        "unused": True,
+        "scaler": True,
+        "policy": "inner_product_test",
+    },
     "muon-compiled": {"optimizer": "muon", "batch": 32, "micro": 4, "compile": True},
 }
 
@@ -53,6 +69,7 @@ SHARDED: dict[str, dict[str, Any]] = {
     "scaled": {"optimizer": "stand-in", "batch": 32, "micro": 4, "scaler": True},
     "patterns": {"optimizer": "stand-in", "batch": 64, "micro": 4, "patterns": 3, "curve": True},
     "update": {"optimizer": "stand-in", "batch": 32, "micro": 4, "directions": ["gradient", "update"], "steps": 2},
+    "euclidean-besides": {"optimizer": "stand-in", "batch": 32, "micro": 4, "policy": "norm_test"},
     "polar-express": {"optimizer": "stand-in", "batch": 32, "micro": 4, "norms": "polar_express"},
 }
 
@@ -84,6 +101,9 @@ def run(cases: dict[str, dict[str, Any]], num_ranks: int) -> list[dict[str, Any]
         for measured, reference in zip(line["measured"], line["reference"], strict=True):
             # progress is a difference of large terms: its error is relative to the norms it is made of.
             assert math.isclose(measured, reference, rel_tol=tolerance, abs_tol=tolerance * scale), line
+        has_inner_products = case.get("policy") == "inner_product_test" and line["geometry"] == "euclidean"
+        if has_inner_products and line["estimator"] == "rank_variance":  # in |g|^4: small beside the norms
+            assert math.isclose(line["measured"][2], line["reference"][2], rel_tol=FLOAT32), line
     return lines
 
 
@@ -94,6 +114,13 @@ def test_replicated_ranks_measure_what_the_reference_says_of_gathered_gradients(
     lines = run(cases, num_ranks)
     assert {line["num_groups"] for line in lines if line["case"] == "muon-accumulated"} == {12}
     assert {line["patterns"] for line in lines if line["case"] == "sgd-patterns"} == {3, None}
+    besides = {(line["group"], line["geometry"]) for line in lines if line["case"] == "muon-inner-products"}
+    assert besides == {
+        ("matrices", "spectral"),
+        ("others", "sign"),
+        ("matrices, euclidean", "euclidean"),
+        ("others, euclidean", "euclidean"),
+    }
 
 
 @pytest.mark.distributed

@@ -18,16 +18,19 @@ from gns_controller.core.contract import Direction as DirectionName
 from gns_controller.core.contract import Estimator, Geometry, GroupReading, ProgressPoint
 from trainer_hooks.capture.directions import Direction
 from trainer_hooks.capture.groups import MeasuredGroup
+from trainer_hooks.capture.kept import AlongMean
 from trainer_hooks.capture.step import Counts, Dealing
 from trainer_hooks.estimators import euclidean, pure_noise_reading, sign, spectral
 from trainer_hooks.estimators.geometries import PROGRESS_SUMS, SPLIT_SUMS
 from trainer_hooks.estimators.spectral import SpectralNorms
 from trainer_hooks.estimators.sums import (
+    NUM_INNER_PRODUCT_SUMS,
     NUM_PROGRESS_SUMS,
     NUM_SPLIT_SUMS,
     NUM_SPREAD_SUMS,
     finished_progress,
     first_order_noise,
+    inner_product_variance,
     split_dual_norms,
     spread_dual_norms,
 )
@@ -43,6 +46,10 @@ class Measured:
     progress_curve: bool = False
     background: bool = False
     """rank_variance of matrices: eigenvalues in a thread on the CPU, one measurement late."""
+    also_euclidean: bool = False
+    """Every group in the l2 norm besides its own."""
+    inner_products: bool = False
+    """rank_variance: the variance of <g_i, gbar> in euclidean readings. DDP and single processes."""
 
 
 class Cell:
@@ -85,20 +92,37 @@ def levels_of(dealing: Dealing, counts: Counts, *, num_ranks: int) -> list[list[
 
 
 class Columns:
-    """Where each sum stands in a group's row, and what the finished row says."""
+    """Where each sum stands in a group's row, and what the finished row says.
+
+    A row is a block of sums in the group's norm, the same block in the l2 norm if that is measured as well, and two
+    sums over sample groups for the variance of inner products: sum_j n_j y_j and sum_j n_j y_j^2, y_j = <g_j - g, g>.
+    """
 
     def __init__(
-        self, measured: Measured, num_patterns: int, levels: Sequence[Sequence[Cell]], *, has_spread: bool
+        self,
+        measured: Measured,
+        num_patterns: int,
+        levels: Sequence[Sequence[Cell]],
+        *,
+        has_spread: bool,
+        has_inner_products: bool = False,
     ) -> None:
         self._num_patterns = num_patterns
         self._directions = measured.directions if num_patterns else ()
         self._levels = levels
         self._has_spread = has_spread
-        self.width = (
+        self._also_euclidean = measured.also_euclidean
+        self._has_inner_products = has_inner_products
+        self._late_eigenvalues = measured.background
+        self._block = (
             len(self._directions) * num_patterns * NUM_SPLIT_SUMS
             + NUM_PROGRESS_SUMS * sum(len(cells) for cells in levels)
             + NUM_SPREAD_SUMS * has_spread
         )
+        self._additive = self._block * (1 + self._also_euclidean)
+        self.width = self._additive + NUM_INNER_PRODUCT_SUMS * has_inner_products
+        self.spread_column = self._block - NUM_SPREAD_SUMS
+        """Of the noise of rank_variance, in the group's own norm."""
 
     def fill(
         self,
@@ -111,10 +135,50 @@ class Columns:
         counts: Counts,
         norms: SpectralNorms,
     ) -> Tensor:
-        """(width,) float64 of one tensor, or of a batch of equal matrices."""
-        decomposes = geometry == "spectral" and (norms == "exact" or spread is not None)
-        if decomposes and not all(bool(tensor.isfinite().all()) for tensor in (mean, *signed)):
-            return torch.full((self.width,), torch.nan, dtype=torch.float64, device=mean.device)  # LAPACK refuses NaN
+        """What one tensor, or a batch of equal matrices, adds to a row from its first column on: float64.
+
+        Args:
+            geometry: the group's own.
+            mean: the mean gradient.
+            signed: its signed means, one per pattern.
+            direction: of the update, if that is measured.
+            spread: per-sample variance, or for matrices (..., S, S) covariances of the shorter side.
+            counts: of the step.
+            norms: how nuclear norms are computed.
+        """
+        block = partial(self._fill_block, mean=mean, signed=signed, direction=direction, counts=counts, norms=norms)
+        is_spectral = geometry == "spectral"
+        decomposed = None if is_spectral and self._late_eigenvalues else spread
+        decomposes = is_spectral and (norms == "exact" or decomposed is not None)
+        if decomposes and not all(bool(tensor.isfinite().all()) for tensor in (mean, *signed)):  # LAPACK refuses NaN
+            return torch.full((self._additive,), torch.nan, dtype=torch.float64, device=mean.device)
+        found = block(geometry, spread=decomposed)
+        if not self._also_euclidean:
+            return found
+        if geometry == "euclidean":
+            return torch.cat([found, torch.zeros_like(found)])
+        if is_spectral and spread is not None:
+            spread = spread.diagonal(dim1=-2, dim2=-1)  # the variances of all entries have this trace
+        return torch.cat([found, block("euclidean", spread=spread)])
+
+    def fill_inner_products(self, row: Tensor, along: AlongMean, parameters: Sequence[int]) -> None:
+        """Add this rank's micro-batches to a row, over the parameters of its group."""
+        deviations = along.deviations[:, list(parameters)].sum(1)
+        weighted = along.num_samples * deviations
+        row[self._additive :] += torch.stack([weighted.sum(), weighted.dot(deviations)])
+
+    def _fill_block(
+        self,
+        geometry: Geometry,
+        *,
+        mean: Tensor,
+        signed: Sequence[Tensor],
+        direction: Direction | None,
+        spread: Tensor | None,
+        counts: Counts,
+        norms: SpectralNorms,
+    ) -> Tensor:
+        """(block,) float64."""
         options: dict[str, Any] = {"norms": norms} if geometry == "spectral" else {}
         parts: list[Tensor] = []
         for name in self._directions:
@@ -155,7 +219,26 @@ class Columns:
         return torch.cat(parts)
 
     def readings(self, row: Tensor, group: MeasuredGroup, counts: Counts) -> list[GroupReading]:
-        """What one group's finished row says, one reading per direction and estimator."""
+        """What one group's finished row says, one reading per norm, direction and estimator."""
+        found = self._block_readings(row[: self._block], group, counts)
+        if self._also_euclidean and group.geometry != "euclidean":
+            twin = group.in_the_euclidean_norm()
+            found += self._block_readings(row[self._block : self._additive], twin, counts)
+        if not self._has_inner_products:
+            return found
+        variance = inner_product_variance(
+            row[self._additive :], num_samples=counts.num_samples, num_groups=counts.num_spread_groups
+        ).item()
+        # What is not a number does not travel in this field; the reading's norms say so already.
+        known = None if math.isnan(variance) else variance
+        return [
+            reading.model_copy(update={"inner_product_variance": known})
+            if reading.estimator == "rank_variance" and reading.geometry == "euclidean"
+            else reading
+            for reading in found
+        ]
+
+    def _block_readings(self, row: Tensor, group: MeasuredGroup, counts: Counts) -> list[GroupReading]:
         found: list[GroupReading] = []
         position = 0
         of_group = partial(

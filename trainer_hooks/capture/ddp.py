@@ -22,6 +22,7 @@ from trainer_hooks.capture.accumulators import (
     is_low_precision,
     statistics_dtype,
 )
+from trainer_hooks.capture.kept import KeptGradients
 from trainer_hooks.capture.layout import Layout, local_tensor
 from trainer_hooks.capture.step import CapturedStep, Dealing, Tally
 
@@ -35,6 +36,7 @@ class DdpCapture:
         estimators: which buffers to keep.
         dealing: which micro-batch belongs to which half.
         layout: how the model is spread over ranks.
+        inner_products: keep every micro-batch's gradients, for their inner products with the mean.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class DdpCapture:
         estimators: Sequence[Estimator],
         dealing: Dealing,
         layout: Layout,
+        *,
+        inner_products: bool = False,
     ) -> None:
         self._parameters = parameters
         self._layout = layout
@@ -57,6 +61,7 @@ class DdpCapture:
             self._signed = SignedAccumulator(blocks, num_patterns=len(dealing.patterns), keep_sum=self._low_precision)
         if "rank_variance" in estimators:
             self._spread = SpreadAccumulator(blocks, spectral=spectral, entrywise=[not flag for flag in spectral])
+        self._kept = KeptGradients(len(parameters)) if inner_products else None
         self._fired: set[int] = set()
         self._repeated = False
 
@@ -66,6 +71,8 @@ class DdpCapture:
         tally = self._tally
         signs = tally.signs
         self._fired.clear()
+        if self._kept is not None:
+            self._kept.begin(num_samples=num_samples)
         take = partial(self._take, signs=signs, num_samples=num_samples, loss_factor=loss_factor, scale=gradient_scale)
         handles: list[RemovableHandle] = [
             parameter.register_hook(partial(take, index))  # type: ignore[no-untyped-call]  # torch is untyped here
@@ -110,6 +117,7 @@ class DdpCapture:
             signed=self._signed.signed if self._signed is not None else (),
             variance=partial(spread.variance, num_groups=groups) if spread is not None else None,
             covariance=partial(spread.covariance, num_groups=groups) if spread is not None else None,
+            along_mean=partial(self._kept.along, mean) if self._kept is not None else None,
         )
 
     def _take(
@@ -128,7 +136,10 @@ class DdpCapture:
             self._repeated = True
             return
         self._fired.add(index)
-        grad = local_tensor(grad.detach(), like=self._parameters[index]).to(self._dtype)
+        grad = local_tensor(grad.detach(), like=self._parameters[index])
+        if self._kept is not None:
+            self._kept.add(index, grad, scale=1 / (loss_factor * scale))
+        grad = grad.to(self._dtype)
         if self._signed is not None:
             self._signed.add(index, grad, signs=signs, scale=1 / scale)
         if self._spread is not None:

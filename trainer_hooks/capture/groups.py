@@ -52,6 +52,10 @@ class MeasuredGroup:
         """Of the parameters, in order."""
         return [tuple(parameter.shape) for parameter in self.parameters]
 
+    def in_the_euclidean_norm(self) -> MeasuredGroup:
+        """The same parameters, measured in the l2 norm besides."""
+        return replace(self, name=f"{self.name}, euclidean", geometry="euclidean")
+
     def description(self) -> ParameterGroup:
         """For the run's specification."""
         return ParameterGroup(

@@ -21,17 +21,14 @@ from gns_controller.core.contract import Geometry, GroupReading
 from trainer_hooks.capture.columns import Cell, Columns, Measured, levels_of
 from trainer_hooks.capture.directions import Direction, direction_of
 from trainer_hooks.capture.groups import MeasuredGroup
+from trainer_hooks.capture.kept import ENTRIES_AT_ONCE
 from trainer_hooks.capture.late import LateTraces
 from trainer_hooks.capture.layout import Layout
 from trainer_hooks.capture.owners import Owners
 from trainer_hooks.capture.step import CapturedStep, Counts
 from trainer_hooks.estimators import spectral
-from trainer_hooks.estimators.sums import NUM_SPREAD_SUMS
 
 logger = logging.getLogger(__name__)
-
-_ENTRIES_AT_ONCE = {"cpu": 2**17, "cuda": 2**25}
-"""Of entrywise geometries, per device: half a MiB in float32, or enough to fill a GPU."""
 
 
 class GroupReader:
@@ -74,7 +71,13 @@ class GroupReader:
         levels: list[list[Cell]] = []
         if self.measured.progress_curve and captured.signed and counts.has_halves:
             levels = levels_of(captured.dealing, counts, num_ranks=self._layout.data_parallel.size)
-        columns = Columns(self.measured, len(captured.signed), levels, has_spread=captured.variance is not None)
+        columns = Columns(
+            self.measured,
+            len(captured.signed),
+            levels,
+            has_spread=captured.variance is not None,
+            has_inner_products=captured.along_mean is not None,
+        )
         sums = torch.zeros(len(self.groups), columns.width, dtype=torch.float64, device=self._layout.ranks.device)
         directions = self._directions() if "update" in self.measured.directions else None
         fill = partial(columns.fill, counts=counts, norms=self.measured.spectral_norms)
@@ -85,6 +88,7 @@ class GroupReader:
             try:
                 self._add_entries(sums, fill, captured, directions)
                 covariances = self._add_matrices(sums, fill, whole, captured, directions)
+                self._add_inner_products(sums, columns, captured)
             except Exception:
                 # Out of memory, a decomposition that failed: the other ranks wait in the sum below.
                 logger.exception("norms failed, this reading is NaN: rank=%d", self._layout.ranks.rank)
@@ -111,7 +115,7 @@ class GroupReader:
         if pending is None:
             return []
         traces = self._layout.ranks.sum_(pending.traces.result().to(self._layout.ranks.device)).cpu()
-        pending.sums[:, -NUM_SPREAD_SUMS] += traces
+        pending.sums[:, pending.columns.spread_column] += traces
         return [
             reading
             for row, group in zip(pending.sums, self.groups, strict=True)
@@ -133,7 +137,8 @@ class GroupReader:
             variance = captured.variance(index) if captured.variance else None
             signed = [pattern[index] for pattern in captured.signed]
             for part in _parts(captured.mean[index], signed, direction, variance):
-                sums[row] += fill(self._geometries[index], *part)
+                added = fill(self._geometries[index], *part)
+                sums[row, : len(added)] += added
 
     def _gather(self, captured: CapturedStep, directions: Sequence[Direction] | None) -> dict[int, list[Tensor]]:
         """Every quantity's whole matrices, on their owners. A collective where parameters are sharded."""
@@ -170,12 +175,22 @@ class GroupReader:
                 if directions is not None:
                     direction = _stacked([directions[i] for i in chosen], rest.pop())
                 covariance = None
-                if captured.covariance is not None and self._late is not None:
-                    covariances += [(row, captured.covariance(index)) for index in chosen]
-                elif captured.covariance is not None:
-                    covariance = torch.stack([captured.covariance(index) for index in chosen])
-                sums[row] += fill("spectral", mean, rest, direction, covariance)
+                if captured.covariance is not None:
+                    found = [captured.covariance(index) for index in chosen]
+                    if self._late is not None:
+                        covariances += [(row, matrix) for matrix in found]
+                    if self._late is None or self.measured.also_euclidean:
+                        covariance = torch.stack(found)
+                added = fill("spectral", mean, rest, direction, covariance)
+                sums[row, : len(added)] += added
         return covariances
+
+    def _add_inner_products(self, sums: Tensor, columns: Columns, captured: CapturedStep) -> None:
+        if captured.along_mean is None:
+            return
+        along = captured.along_mean()
+        for row in range(len(self.groups)):
+            columns.fill_inner_products(sums[row], along, [i for i, group in enumerate(self._group_of) if group == row])
 
     def _directions(self) -> list[Direction]:
         return [direction_of(*self._optimizer_of[id(parameter)], parameter) for parameter in self.parameters]
@@ -198,7 +213,7 @@ def _parts(
     mean: Tensor, signed: Sequence[Tensor], direction: Direction | None, spread: Tensor | None
 ) -> Iterator[tuple[Tensor, list[Tensor], Direction | None, Tensor | None]]:
     """The same entries in stretches that fit a cache: sums add up, and temporaries stay small."""
-    at_once = _ENTRIES_AT_ONCE["cuda" if mean.is_cuda else "cpu"]
+    at_once = ENTRIES_AT_ONCE["cuda" if mean.is_cuda else "cpu"]
     if mean.numel() <= at_once:
         yield mean, list(signed), direction, spread
         return

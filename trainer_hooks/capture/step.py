@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from trainer_hooks.capture.kept import AlongMean
 from trainer_hooks.capture.layout import Layout
 from trainer_hooks.estimators import SignPattern
 
@@ -73,6 +74,8 @@ class CapturedStep:
     """Parameter -> per-sample variance of this rank's block; entrywise groups. None without rank_variance."""
     covariance: Callable[[int], Tensor] | None
     """Parameter -> (S, S) float64 per-sample covariance of the shorter side; on its owner rank."""
+    along_mean: Callable[[], AlongMean] | None = None
+    """Inner products of this rank's micro-batches with the mean, where they were asked for. No collective."""
     is_incomplete: bool = False
     """rank_variance was asked for, and some gradient did not come through where it is looked at."""
 

@@ -110,6 +110,33 @@ def rank_variance(
     return replace(_estimate(norms, norms.signal**2), unbiased_signal_sq=unbiased, noise_corrected=corrected)
 
 
+def inner_product_variance(groups: Sequence[Gradients], sizes: Sequence[float]) -> Tensor:
+    """Per-sample variance of <g_i, gbar>, for the inner-product test: () float64.
+
+        x_j = <g_j, gbar>,   gbar = sum_j n_j g_j / B,   variance = sum_j n_j (x_j - |gbar|^2)^2 / (K - 1)
+
+    Equal sizes of b samples give b / (K - 1) sum_j (x_j - mean x)^2.
+
+    Args:
+        groups: K lists of tensors, together one vector; computed in float64.
+        sizes: n_j > 0, K numbers.
+
+    Raises:
+        TooFewGroupsError, InvalidInputError: as `rank_variance`.
+
+    Bias: none for gbar^T C gbar at this gbar, for normal noise. Over batches that is g^T C g + tr(C^2) / B: high near
+        the noise scale, as |gbar|^2 is by tr C / B.
+    Source: Bollapragada, Byrd, Nocedal 2018, whose sum runs over single samples. Ours: over groups of samples.
+    """
+    columns = _columns(groups, sizes, "euclidean")
+    deviations = torch.zeros(len(groups), dtype=torch.float64, device=columns[0][0].device)
+    for grads in columns:
+        mean = _mean_of(grads, sizes, [True] * len(grads))
+        deviations += torch.stack([((grad - mean) * mean).sum() for grad in grads])
+    weights = torch.tensor(list(sizes), dtype=torch.float64, device=deviations.device)
+    return (weights * deviations.square()).sum() / (len(groups) - 1)
+
+
 def split(
     groups_a: Sequence[Gradients],
     groups_b: Sequence[Gradients],

@@ -22,6 +22,7 @@ from gns_controller.core.contract import Geometry
 NUM_SPLIT_SUMS = 5
 NUM_SPREAD_SUMS = 2
 NUM_PROGRESS_SUMS = 2
+NUM_INNER_PRODUCT_SUMS = 2
 
 
 class DualNorms(NamedTuple):
@@ -85,6 +86,21 @@ def spread_dual_norms(sums: Tensor, *, geometry: Geometry) -> DualNorms:
     if geometry == "euclidean":
         sums = sums.sqrt()
     return DualNorms(noise=sums[0], signal=sums[1], progress=None)
+
+
+def inner_product_variance(sums: Tensor, *, num_samples: float, num_groups: int) -> Tensor:
+    """Per-sample variance of <g_i, gbar> from sums over sample groups: () float64.
+
+        (sum_j n_j y_j^2 - (sum_j n_j y_j)^2 / B) / (K - 1)        y_j = <g_j - gbar, gbar>
+
+    The y_j are centred already, so nothing is lost in the difference.
+
+    Args:
+        sums: (2,) float64: sum_j n_j y_j, sum_j n_j y_j^2.
+        num_samples: B.
+        num_groups: K, at least 2.
+    """
+    return ((sums[1] - sums[0].square() / num_samples) / (num_groups - 1)).clamp_min(0)
 
 
 def _divide_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:

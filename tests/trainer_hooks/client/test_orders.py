@@ -130,3 +130,28 @@ def test_a_fold_never_sees_half_an_answer(service: Any, tmp_path: Path) -> None:
         ended.set()
         speaker.join()
         client.close(deadline_seconds=10)
+
+
+def test_the_service_and_the_trainer_fold_alike_after_an_operator_has_spoken(service: Any, tmp_path: Path) -> None:
+    """The real routes: what the trainer decides alone after the pin is what the service decides from its spool."""
+    wire = Wire(service.transport)
+    client = client_for(wire, tmp_path)
+    client.wait_registered(deadline_seconds=10)
+    path = "/api/v1/runs/run"
+    etag = service.client.get(f"{path}/policy").headers["etag"]
+    changed = service.client.patch(f"{path}/policy", json={"noise_tolerance": 0.25}, headers={"If-Match": etag})
+    assert changed.status_code == 200
+    pinned = service.client.post(f"{path}/override", json=PIN, headers={"If-Match": changed.headers["etag"]})
+    assert pinned.status_code == 200
+    client.report(measurement(100, reading(noise_scale=8.0)))
+    assert client.verdict(optimizer_step=100, deadline_seconds=10).decision.reason == "override"
+    assert client.orders.policy_revision == 2
+    wire.instead = refuse
+    local = [decided_locally(client, step) for step in (200, 300)]
+    wire.instead = None
+    client.close(deadline_seconds=10)
+    items = service.client.get(f"{path}/decisions").json()["items"]
+    told = {item["decision"]["optimizer_step"]: item["decision"] for item in items}
+    for decision in local:
+        expected = json.loads(decision.model_dump_json())
+        assert told[decision.optimizer_step] == expected
