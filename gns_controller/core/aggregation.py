@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from gns_controller.core.contract import GroupReading
+from gns_controller.core.contract import GroupReading, ProgressPoint
 
 Aggregation = Literal["matrices_only", "sum_of_norms", "learning_rate_weighted", "max"]
 """Which groups count, and how much.
@@ -52,6 +52,7 @@ def summed(parts: Sequence[GroupReading], *, group: str, weights: Sequence[float
         num_sign_patterns=first.num_sign_patterns,
         noise_standard_error=_sum_of_all(weights, [part.noise_standard_error for part in parts]),
         progress_standard_error=_sum_of_all(weights, [part.progress_standard_error for part in parts]),
+        progress_curve=_curve(weights, parts),
         ceiling_samples=_ceiling(weights, parts),
         num_groups=first.num_groups,
         samples_per_group=first.samples_per_group,
@@ -82,6 +83,17 @@ def _sum(weights: Sequence[float], values: Sequence[float]) -> float:
 def _sum_of_all(weights: Sequence[float], values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return _sum(weights, known) if len(known) == len(values) else None
+
+
+def _curve(weights: Sequence[float], parts: Sequence[GroupReading]) -> tuple[ProgressPoint, ...]:
+    """Progress adds, point by point, where all parts have the same sub-batches."""
+    sizes = [point.samples for point in parts[0].progress_curve]
+    if any([point.samples for point in part.progress_curve] != sizes for part in parts):
+        return ()
+    return tuple(
+        ProgressPoint(samples=size, progress=_sum(weights, [part.progress_curve[index].progress for part in parts]))
+        for index, size in enumerate(sizes)
+    )
 
 
 def _ceiling(weights: Sequence[float], parts: Sequence[GroupReading]) -> float | None:

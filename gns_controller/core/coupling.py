@@ -65,7 +65,12 @@ def gain(*, noise_scale: float, global_batch_size: int, initial_batch_size: int)
 
     Between 1 and k. Source: arXiv:2007.05105; AdaptDL's adascale rule.
     """
-    return (noise_scale / initial_batch_size + 1) / (noise_scale / global_batch_size + 1)
+    measured = (noise_scale / initial_batch_size + 1) / (noise_scale / global_batch_size + 1)
+    return _between_one_and(global_batch_size / initial_batch_size, measured)
+
+
+def _between_one_and(end: float, value: float) -> float:
+    return min(max(value, min(end, 1.0)), max(end, 1.0))
 
 
 def learning_rate_factor(
@@ -86,7 +91,8 @@ def learning_rate_factor(
         global_batch_size: B, samples.
         initial_batch_size: B0, samples; the base rate is tuned for it.
         noise_scale: samples; the gains need it.
-        previous_factor: what a gain answers as long as no noise scale is resolved.
+        previous_factor: what a gain answers as long as no noise scale is resolved, as far as it lies between 1 and k
+            (adamscale: k^(1/2)) at this batch, where every gain lies.
 
     Source: sqrt, arXiv:2602.03001 algorithm 1 and common practice for sign-like optimizers; linear, arXiv:1706.02677
     (SGD); none, the published GPT-3, Llama 3 and DeepSeek-V3 ramps; seesaw, arXiv:2510.14717; the gains, AdaptDL.
@@ -100,7 +106,7 @@ def learning_rate_factor(
         case "none":
             return 1.0
     if noise_scale is None:
-        return previous_factor
+        return _between_one_and(ratio if coupling == "adascale" else math.sqrt(ratio), previous_factor)
     measured = gain(noise_scale=noise_scale, global_batch_size=global_batch_size, initial_batch_size=initial_batch_size)
     return measured if coupling == "adascale" else math.sqrt(measured)
 

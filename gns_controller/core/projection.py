@@ -15,7 +15,7 @@ from gns_controller.core.policies import AnyPolicyConfig, PolicyState, RunFacts,
 from gns_controller.core.smoothing import NOTHING_SEEN, Judgement
 
 NUM_POINTS = 128
-"""Measurements imagined ahead."""
+"""Most measurements imagined ahead; never more than there are steps left at the present batch."""
 
 
 class ProjectedStage(FrozenModel):
@@ -134,8 +134,9 @@ def _walk(
     left = max(budget - last.samples_seen, 0)
     points = [(last.samples_seen, state.plan.global_batch_size, state.plan.learning_rate_factor)]
     steps = 0.0
-    for point in range(1, NUM_POINTS + 1):
-        samples = last.samples_seen + left * point // NUM_POINTS
+    num_points = min(NUM_POINTS, -(-left // state.plan.global_batch_size))
+    for point in range(1, num_points + 1):
+        samples = last.samples_seen + left * point // num_points
         steps += (samples - points[-1][0]) / points[-1][1]
         plan = state.plan
         imagined = last.model_copy(
@@ -149,12 +150,9 @@ def _walk(
                 "schedule_factor": schedule_at(schedule, samples / budget if budget else 1.0, last.schedule_factor),
             }
         )
-        before = plan.global_batch_size
         peak = max(state.peak_schedule_factor, imagined.schedule_factor)
         state = state.model_copy(update={"peak_schedule_factor": peak})
         state, _ = propose_and_conclude(config, state, imagined, judged, facts=facts, override=override)
-        if state.plan.global_batch_size != before:
-            state = state.model_copy(update={"curve": ()})  # measured at another batch: not known there
         points.append((samples, state.plan.global_batch_size, state.plan.learning_rate_factor))
     return _Path(points, steps)
 

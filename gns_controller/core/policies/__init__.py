@@ -128,17 +128,17 @@ def check_policy(config: AnyPolicyConfig, facts: RunFacts) -> None:
     least, most = config.minimum_batch_size, config.maximum_batch_size
     if least is not None and most is not None and least > most:
         raise InvalidInputError("minimum_batch_size is above maximum_batch_size: no batch is left.")
-    coupling = facts.rules.learning_rate_coupling
-    if isinstance(config, DecayToRampPolicyConfig):
-        if coupling not in ("sqrt", "seesaw"):
-            raise InvalidInputError(
-                f"decay_to_ramp trades decay for batch along lr / sqrt(batch); learning_rate_coupling={coupling!r} "
-                "would be another trade. Use 'sqrt' or 'seesaw'."
-            )
-    elif coupling == "seesaw":
-        raise InvalidInputError(
-            "learning_rate_coupling='seesaw' belongs to the policy decay_to_ramp; other ramps want 'sqrt'."
-        )
+    couplings = {"learning_rate_coupling": facts.rules.learning_rate_coupling}
+    couplings |= {f"optimizer_couplings[{name!r}]": rule for name, rule in facts.rules.optimizer_couplings.items()}
+    for where, coupling in couplings.items():
+        if isinstance(config, DecayToRampPolicyConfig):
+            if coupling not in ("sqrt", "seesaw"):
+                raise InvalidInputError(
+                    f"decay_to_ramp trades decay for batch along lr / sqrt(batch); {where}={coupling!r} "
+                    "would be another trade. Use 'sqrt' or 'seesaw'."
+                )
+        elif coupling == "seesaw":
+            raise InvalidInputError(f"{where}='seesaw' belongs to the policy decay_to_ramp; other ramps want 'sqrt'.")
 
 
 def decide(

@@ -85,6 +85,7 @@ def conclude(
                 "plan": plan,
                 "changed_at_step": plan.effective_step,
                 "changed_at_samples": measurement.samples_seen,
+                "curve": (),
             }
         )
     before, after = previous.global_batch_size, plan.global_batch_size

@@ -1,6 +1,6 @@
 """Grow along a measured critical batch size: a table from branched training.
 
-    while critical_batch_size(t) >= multiple * B:  B <- multiple * B
+    while critical_batch_size(t) >= multiple * B:  B <- multiple * B          in one change
 
 Between two points of the table the critical batch size is interpolated linearly in samples. `gns-controller calibrate`
 measures such a table. Source: arXiv:2505.23971 (Merrill et al.): OLMo 1B from 1024, doubled at 168B and 503B tokens.
@@ -8,6 +8,7 @@ measures such a table. Source: arXiv:2505.23971 (Merrill et al.): OLMo 1B from 1
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
@@ -50,13 +51,12 @@ def propose(config: CriticalBatchTablePolicyConfig, situation: Situation) -> Pro
     critical = _interpolated(points, seen)
     if critical is None:
         return hold("hold", f"the table begins at {points[0][0]:.12g} samples, {seen} seen")
-    batch_size = float(situation.batch_size)
-    while batch_size * config.multiple <= critical:
-        batch_size *= config.multiple
     because = f"the table's critical batch size is {critical:.4g}"
-    if batch_size == situation.batch_size:
+    # The small term takes in a power that is met exactly, which no float64 can be trusted to hit.
+    times = math.floor(math.log(critical / situation.batch_size) / math.log(config.multiple) + 1e-9)
+    if times < 1:
         return hold("hold_below_deadband", f"{because}, less than {config.multiple:g} times the batch", critical)
-    return Proposal(batch_size, "grow", because, critical)
+    return Proposal(situation.batch_size * config.multiple**times, "grow", because, critical)
 
 
 def _interpolated(points: list[tuple[float, int]], seen: int) -> float | None:

@@ -32,13 +32,15 @@ class DecayToRampPolicyConfig(PolicyConfig):
 def propose(config: DecayToRampPolicyConfig, situation: Situation) -> Proposal:
     """The batch that the decay of the schedule stands for."""
     decay, first = situation.decay, situation.facts.rules.global_batch_size
+    if math.isnan(decay):
+        return hold("hold_not_finite", "the report's schedule factor is no number")
     if decay <= 0:
         return hold("hold", "the learning rate is zero, there is nothing left to trade")
     because = f"the schedule is at {decay:.1%} of its peak"
     batch_size = first / decay
     if config.alpha is not None:
         # The small term keeps alpha^-k itself, which no float64 can be trusted to hit, on the far side.
-        drops = math.floor(math.log(1 / decay) / math.log(config.alpha) + 1e-9)
+        drops = math.floor(-math.log(decay) / math.log(config.alpha) + 1e-9)
         batch_size = first * config.alpha ** min(drops, 2000 / math.log(config.alpha) / 3)
         because = f"{because}, {drops} drops by {config.alpha:g}"
     if config.up_to_noise_scale and batch_size > situation.batch_size:

@@ -6,6 +6,8 @@ name.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
@@ -88,8 +90,9 @@ class ProgressAverage(FrozenModel):
     progress: SignedAverage
 
 
-class StepTiming(FrozenModel):
-    """How long an optimizer step takes at one batch."""
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """How long an optimizer step takes at one batch. A dataclass: one is made per measurement, see SignedAverage."""
 
     global_batch_size: PositiveCount
     step_seconds: FiniteFloat
@@ -106,7 +109,8 @@ class PolicyState(FrozenModel):
     groups: tuple[SmoothedNoiseScale, ...] = ()
     """aggregation "max" only: the averages of each group; `smoothed` is one of them."""
     curve: tuple[ProgressAverage, ...] = ()
-    """Progress at sub-batches of the present batch, ascending in samples; begins anew when the batch changes."""
+    """Progress at sub-batches of the present batch, ascending in samples. Begins anew when the batch changes: at
+    another batch nothing is known of it."""
     num_measurements: Count = 0
     changed_at_step: Count = 0
     """optimizer_step of the last batch change."""
@@ -147,9 +151,11 @@ class Situation(NamedTuple):
 
     @property
     def decay(self) -> float:
-        """Scheduled learning rate over the largest it has been, 1 during the warmup."""
-        peak = self.state.peak_schedule_factor
-        return min(max(self.measurement.schedule_factor / peak, 0.0), 1.0) if peak > 0 else 1.0
+        """Scheduled learning rate over the largest it has been, 1 during the warmup; NaN where it is no number."""
+        peak, factor = self.state.peak_schedule_factor, self.measurement.schedule_factor
+        if not math.isfinite(factor):
+            return math.nan
+        return min(max(factor / peak, 0.0), 1.0) if peak > 0 else 1.0
 
 
 class Proposal(NamedTuple):

@@ -5,9 +5,10 @@
     price of the run       ~ (1 + phi / B) (t0 + (t1 + c) B)     c: what a sample is worth, in seconds
     optimum                B = sqrt(phi t0 / (t1 + c))
 
-Progress of a step goes like ||grad L||^2 / (1 + phi / B) in every norm, with kappa = pi / 2 for debiased readings. With
-c = 0 wall time alone counts; a large c counts samples alone, and never grows. The optimum over reachable batches is
-taken, and only if it is better than the present batch by `min_improvement`, as AdaptDL does.
+Progress of a step goes like ||grad L||^2 / (1 + phi / B) in every norm. kappa = pi / 2 for debiased readings where a
+step follows signs or orthogonal factors, because E|<p(g), G>| of a noisy p holds it; 1 in the euclidean norm, and for
+rank_variance. With c = 0 wall time alone counts; a large c counts samples alone, and never grows. The optimum over
+reachable batches is taken, and only if it is better than the present batch by `min_improvement`, as AdaptDL does.
 Source: Pollux (OSDI 2021) equations 4 and 6; arXiv:1812.06162. Ours: the norm, the price, holding while unresolved.
 """
 
@@ -19,7 +20,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 
 from gns_controller.core.policies.frame import PolicyConfig, Proposal, Situation, StepTiming, hold
-from gns_controller.core.policies.guards import reachable
+from gns_controller.core.policies.guards import LARGEST_BATCH_SIZE, reachable
 from gns_controller.core.policies.noise_scale import KAPPA, unresolved_clause
 
 
@@ -85,19 +86,23 @@ def propose(config: GoodputPolicyConfig, situation: Situation) -> Proposal:
         return hold("hold_no_reading", f"no {config.estimator} reading yet")
     if judged.unresolved or judged.noise_scale is None:
         return hold("hold_unresolved", unresolved_clause(state))
-    phi = KAPPA[config.estimator] * judged.noise_scale
+    kappa = 1.0 if state.smoothed.geometry == "euclidean" else KAPPA[config.estimator]
+    phi = min(kappa * judged.noise_scale, float(LARGEST_BATCH_SIZE))
     overhead = config.step_overhead_samples
     if overhead is None:
         cost = fitted_cost(state.timings)
         if cost is None:
-            if config.explore_factor is None or phi <= current:
-                return hold("hold", "steps were timed at one batch only, their fixed part is not known")
+            # Once: after an exploring growth nothing happens until steps are timed there.
+            is_timed = any(timing.global_batch_size == current for timing in state.timings)
+            if config.explore_factor is None or not is_timed or phi <= current:
+                return hold("hold", "steps were not timed at two batches yet, their fixed part is not known")
             wanted = config.explore_factor * current
             return Proposal(wanted, "grow", f"one growth by {config.explore_factor:g} to time steps there", wanted)
         per_sample = cost.per_sample_seconds + config.sample_price_seconds
         overhead = cost.fixed_seconds / per_sample if per_sample > 0 else math.inf
     if overhead == math.inf:
         return hold("hold", "steps take the same time at every batch, and samples cost nothing: there is no optimum")
+    overhead = min(overhead, float(LARGEST_BATCH_SIZE))
     optimum = math.sqrt(phi * overhead)
     rules, ranks = facts.rules, measurement.data_parallel_size
     candidates = {reachable(optimum, rules, ranks, up=up) for up in (False, True)}

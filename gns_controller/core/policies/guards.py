@@ -1,7 +1,8 @@
 """Guards: what stands between any policy's wish and the batch, each with a reason of its own.
 
 They are asked in one order, and the last one that changes the wish gives the reason: warmup, decay, monotone,
-hysteresis, dwell, growth cap, growth per sample, budget, minimum, maximum, whole factors, deadband.
+hysteresis, dwell; the lowest of growth cap, growth per sample and budget; minimum, maximum, whole factors, deadband.
+Neither rounding nor the minimum lifts a growth above the caps, and where no batch is left between them the run holds.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ from __future__ import annotations
 import math
 
 from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable, next_reachable
+from gns_controller.core.contract import Reason
 from gns_controller.core.policies.frame import Guards, Proposal, Situation, hold
 
 LARGEST_BATCH_SIZE = 2**40
 """A signal near zero asks for more samples than numbers can count; more than anybody has is enough."""
 
+_MAX_PARTS = 64
+"""Whole parts of the present batch that are tried when it shrinks."""
+
 
 def guarded(guards: Guards, situation: Situation, proposal: Proposal) -> Proposal:
     """The proposal after all guards; its batch_size, if any, is reachable and differs from the present batch."""
-    state, measurement, _, facts = situation
+    measurement = situation.measurement
     current, wish = situation.batch_size, proposal.requested_batch_size
     if proposal.reason in ("hold", "hold_no_reading", "hold_not_finite", "override") and proposal.batch_size is None:
         return proposal
@@ -30,66 +35,110 @@ def guarded(guards: Guards, situation: Situation, proposal: Proposal) -> Proposa
         return hold("hold_unresolved", f"{because}, which is no number", wish)
     wanted = min(max(wanted, 0.0), float(LARGEST_BATCH_SIZE))
 
-    if guards.decay != "follow" and situation.decay < guards.decay_below and wanted > current:
-        where = f"the learning rate is at {situation.decay:.0%} of its peak"
-        if guards.decay == "freeze":
+    if wanted > current and _decays(guards, situation):
+        where = _where(situation.decay)
+        if guards.decay == "freeze" or math.isnan(situation.decay):
             return hold("hold_decay", f"{because}, but {where}: noise scales rise there and growth pays no more", wish)
         wanted *= situation.decay / guards.decay_below
         because = f"{because}, discounted to {wanted:.4g} because {where}"
-        if wanted <= current:
+        if not wanted > current:
             return hold("hold_decay", because, wish)
-    if wanted < current:
-        if guards.monotone:
-            return hold("hold_monotone", f"{because}, and this run never shrinks", wish)
-        if wanted * guards.hysteresis > current:
-            return hold("hold_hysteresis", f"{because}, not yet below {current} / {guards.hysteresis:g}", wish)
-    if guards.dwell and not guards.dwell.passed(
-        steps=measurement.optimizer_step - state.changed_at_step,
-        samples=measurement.samples_seen - state.changed_at_samples,
-    ):
-        return hold("hold_dwell", f"{because}, too soon after the last change", wish)
+    held = _held(guards, situation, wanted)
+    if held is not None:
+        return hold(held[0], f"{because}, {held[1]}", wish)
 
-    if guards.growth_cap is not None and wanted > guards.growth_cap * current:
-        wanted, reason = guards.growth_cap * current, "capped_growth"
-        because = f"{because}, capped at {guards.growth_cap:g} times the present batch"
-    if guards.samples_per_doubling is not None:
-        doublings = max(measurement.samples_seen - state.changed_at_samples, 0) / guards.samples_per_doubling
-        limit = current * 2.0 ** min(doublings, 40.0)
-        if wanted > limit:
-            wanted, reason = limit, "capped_rate"
-            because = f"{because}, capped at {limit:.4g}: one doubling per {guards.samples_per_doubling} samples"
-    if guards.min_steps_left is not None and facts.budget_samples is not None and wanted > current:
-        limit = max(facts.budget_samples - measurement.samples_seen, 0) / guards.min_steps_left
-        if wanted > limit:
-            wanted, reason = max(limit, float(current)), "capped_budget"
-            because = f"{because}, capped at {limit:.4g} so that {guards.min_steps_left} steps are left"
+    limit, limited_by = _growth_limit(guards, situation)
+    if wanted > limit:
+        wanted, reason, because = limit, limited_by, f"{because}, {_limit_clause(guards, limit, limited_by)}"
     least, most = guards.minimum_batch_size or 0, guards.maximum_batch_size or LARGEST_BATCH_SIZE
     if wanted < least:
-        wanted, reason = float(least), "raised_to_min"
-        because = f"{because}, raised to the minimum of {least}"
+        wanted, reason, because = float(least), "raised_to_min", f"{because}, raised to the minimum of {least}"
     if wanted > most:
-        if current >= most:
+        if current == most or (current > most and guards.monotone):
             return hold("capped_max", f"{because}, and the maximum is reached", wish)
-        wanted, reason = float(most), "capped_max"
-        because = f"{because}, capped at the maximum of {most}"
+        wanted, reason, because = float(most), "capped_max", f"{because}, capped at the maximum of {most}"
 
-    rules, ranks = facts.rules, measurement.data_parallel_size
+    rules, ranks = situation.facts.rules, measurement.data_parallel_size
+    highest = min(limit, most)
+    batch_size = _rounded(wanted, rules, ranks, least=least, highest=highest, up=proposal.round_up)
     if guards.integer_factors:
-        batch_size = _whole_factor(wanted, current, rules, ranks)
-        if batch_size != reachable(wanted, rules, ranks, up=proposal.round_up):
-            reason, because = "capped_integer_factor", f"{because}, and only whole factors are taken"
-    else:
-        batch_size = reachable(wanted, rules, ranks, up=proposal.round_up or wanted == least)
-    if not least <= batch_size <= most:
-        batch_size = reachable(most, rules, ranks, up=False) if batch_size > most else batch_size
-        if not least <= batch_size <= most:
-            return hold("hold_below_deadband", f"{because}, and these ranks can make no batch in between", wish)
-    if batch_size == current or (batch_size < current and guards.monotone):
+        whole = _whole_factor(wanted, current, least, rules, ranks)
+        if whole != batch_size:
+            batch_size, reason, because = whole, "capped_integer_factor", f"{because}, and only whole factors are taken"
+    if (batch_size - current) * (wanted - current) <= 0:  # rounded to the present batch, or to its other side
         kept = "hold_below_deadband" if reason in ("grow", "shrink", "capped_growth", "capped_rate") else reason
         return hold(kept, because, wish)
+    if not least <= batch_size <= highest:
+        if wanted > limit:
+            return hold(limited_by, f"{because}, {_limit_clause(guards, limit, limited_by)}", wish)
+        return hold("hold_below_deadband", f"{because}, and these ranks can make no batch in between", wish)
     if abs(batch_size - current) < guards.deadband * current:
         return hold("hold_below_deadband", f"{because}, a change of less than {guards.deadband:.0%}", wish)
+    if reason in ("grow", "shrink"):
+        reason = "grow" if batch_size > current else "shrink"
     return Proposal(batch_size, reason, because, wish)
+
+
+def _decays(guards: Guards, situation: Situation) -> bool:
+    # A schedule factor that is no number counts as decay: there is no growing on what is not known.
+    return guards.decay != "follow" and not situation.decay >= guards.decay_below
+
+
+def _where(decay: float) -> str:
+    if math.isnan(decay):
+        return "the schedule's factor is no number and may have decayed"
+    return f"the learning rate is at {decay:.0%} of its peak"
+
+
+def _held(guards: Guards, situation: Situation, wanted: float) -> tuple[Reason, str] | None:
+    state, measurement, current = situation.state, situation.measurement, situation.batch_size
+    if wanted < current:
+        if guards.monotone:
+            return "hold_monotone", "and this run never shrinks"
+        if wanted * guards.hysteresis > current:
+            return "hold_hysteresis", f"not yet below {current} / {guards.hysteresis:g}"
+    if (
+        guards.dwell
+        and wanted != current
+        and not guards.dwell.passed(
+            steps=measurement.optimizer_step - state.changed_at_step,
+            samples=measurement.samples_seen - state.changed_at_samples,
+        )
+    ):
+        return "hold_dwell", "too soon after the last change"
+    return None
+
+
+def _growth_limit(guards: Guards, situation: Situation) -> tuple[float, Reason]:
+    """The largest batch that growth may reach now, no less than the present one, and which guard says so."""
+    state, measurement, _, facts = situation
+    current = situation.batch_size
+    if guards.decay == "freeze" and _decays(guards, situation):
+        return float(current), "hold_decay"
+    limit: float = math.inf
+    limited_by: Reason = "capped_growth"
+    if guards.growth_cap is not None:
+        limit = guards.growth_cap * current
+    if guards.samples_per_doubling is not None:
+        doublings = max(measurement.samples_seen - state.changed_at_samples, 0) / guards.samples_per_doubling
+        rate = current * 2.0 ** min(doublings, 40.0)
+        if rate < limit:
+            limit, limited_by = rate, "capped_rate"
+    if guards.min_steps_left is not None and facts.budget_samples is not None:
+        budget = float(max(facts.budget_samples - measurement.samples_seen, 0) // guards.min_steps_left)
+        if budget < limit:
+            limit, limited_by = budget, "capped_budget"
+    return max(limit, float(current)), limited_by
+
+
+def _limit_clause(guards: Guards, limit: float, limited_by: Reason) -> str:
+    if limited_by == "capped_growth":
+        return f"capped at {guards.growth_cap:g} times the present batch"
+    if limited_by == "capped_rate":
+        return f"capped at {limit:.4g}: one doubling per {guards.samples_per_doubling} samples"
+    if limited_by == "capped_budget":
+        return f"capped at {limit:.4g} so that {guards.min_steps_left} steps are left"
+    return "not while the learning rate decays"
 
 
 def reachable(batch_size: float, rules: BatchRules, data_parallel_size: int, *, up: bool) -> int:
@@ -111,15 +160,34 @@ def reachable(batch_size: float, rules: BatchRules, data_parallel_size: int, *, 
     )
 
 
-def _whole_factor(wanted: float, current: int, rules: BatchRules, data_parallel_size: int) -> int:
-    """The largest reachable whole multiple of the present batch up to `wanted`; below it, the largest whole part."""
+def _rounded(
+    wanted: float, rules: BatchRules, data_parallel_size: int, *, least: float, highest: float, up: bool
+) -> int:
+    """Reachable, and between the two where such a batch exists."""
+    # The small term keeps a wish that a batch meets exactly, but for its last bits, from asking for the next one.
+    batch_size = reachable(wanted * (1 - 1e-13) if up else wanted, rules, data_parallel_size, up=up)
+    if batch_size > highest:
+        batch_size = reachable(highest, rules, data_parallel_size, up=False)
+    return reachable(least, rules, data_parallel_size, up=True) if batch_size < least else batch_size
+
+
+def _whole_factor(wanted: float, current: int, least: int, rules: BatchRules, data_parallel_size: int) -> int:
+    """The largest reachable whole multiple of the present batch up to `wanted`, or the first one from `least` on.
+
+    Below the present batch, the largest reachable whole part of it.
+    """
+    full_pass = rules.micro_batch_size * data_parallel_size
+    finest = min(rules.micro_batch_granularity, rules.micro_batch_size) * data_parallel_size
     if wanted >= current:
-        most = int(wanted // current)
-        factors = range(most, max(most - 64, 1), -1)
-        candidates = [factor * current for factor in factors]
-    else:
-        candidates = [current // part for part in range(2, 65) if current % part == 0 and current // part <= wanted]
-    for candidate in candidates:
-        if reachable(candidate, rules, data_parallel_size, up=False) == candidate:
+        coarse, fine = math.lcm(current, full_pass), math.lcm(current, finest)
+        largest = max(int(wanted // coarse) * coarse, int(min(wanted, full_pass - 1) // fine) * fine, current)
+        if largest >= least:
+            return largest
+        above = -(-least // fine) * fine
+        return above if above < full_pass else -(-least // coarse) * coarse
+    first = max(math.ceil(current / max(wanted, finest)), 2)
+    for part in range(first, first + _MAX_PARTS):
+        candidate = current // part
+        if current % part == 0 and reachable(candidate, rules, data_parallel_size, up=False) == candidate:
             return candidate
     return current

@@ -29,6 +29,8 @@ class InnerProductTestPolicyConfig(PolicyConfig):
     """Of the orthogonality test."""
     estimator: Literal["rank_variance"] = "rank_variance"
     geometry: Geometry | None = "euclidean"
+    aggregation: Literal["matrices_only"] = "matrices_only"
+    """Variances of inner products do not add over groups."""
     monotone: bool = True
     growth_cap: Annotated[float, Field(gt=1)] | None = 4.0
 
@@ -41,10 +43,12 @@ def propose(config: InnerProductTestPolicyConfig, situation: Situation) -> Propo
     reading = readings[0]
     gradient_sq, variance = reading.signal_sq, reading.inner_product_variance
     assert variance is not None
-    if gradient_sq <= 0 or gradient_sq * gradient_sq == 0:
+    if gradient_sq <= 0:
         return hold("hold_unresolved", "the gradient's norm cannot be told from zero")
-    along = variance / (config.theta**2 * gradient_sq**2)
-    across = max(reading.noise_sq - variance / gradient_sq, 0.0) / (config.nu**2 * gradient_sq)
+    # |g|^4 of a small gradient is no number, so it is divided by twice.
+    variance_along = variance / gradient_sq
+    along = variance_along / gradient_sq / config.theta**2
+    across = max(reading.noise_sq - variance_along, 0.0) / gradient_sq / config.nu**2
     needed = max(along, across)
     because = f"the inner-product test needs {along:.4g}, the orthogonality test {across:.4g}"
     if needed <= situation.batch_size:

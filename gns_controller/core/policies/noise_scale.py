@@ -49,7 +49,10 @@ def propose(config: NoiseScalePolicyConfig, situation: Situation) -> Proposal:
     kappa = KAPPA[config.estimator]
     requested = None if noise_scale is None else kappa * noise_scale / config.noise_tolerance**2
     if requested is None or noise_scale is None or (judged.unresolved and not config.act_on_unresolved):
-        return hold("hold_unresolved", unresolved_clause(situation.state), requested)
+        because = unresolved_clause(situation.state)
+        if judged.noise_scale is not None and not judged.unresolved:
+            because = f"the noise scale has no lower end before {MIN_SPREAD_MEASUREMENTS} measurements"
+        return hold("hold_unresolved", because, requested)
     whose = f" of {smoothed.group}" if config.aggregation == "max" else ""
     which = "noise scale" if config.bound == "estimate" else "lower bound of the noise scale"
     rule = f"{which} {noise_scale:.4g}{whose} * {kappa:.4g} / {config.noise_tolerance:g}^2 asks for {requested:.4g}"
@@ -59,11 +62,15 @@ def propose(config: NoiseScalePolicyConfig, situation: Situation) -> Proposal:
 def unresolved_clause(state: PolicyState) -> str:
     """Why the averages say nothing yet."""
     smoothed = state.smoothed
+    if smoothed is not None and not smoothed.signal_sq.mean > 0:
+        return f"signal {smoothed.signal_sq.mean:.3g} after {smoothed.signal_sq.count} measurements is not positive"
     if smoothed is None or smoothed.estimator == "rank_variance":
         return "the reading sits at its pure-noise ceiling: the noise scale is at least about this batch"
     signal = smoothed.signal_sq
     if signal.count < MIN_SPREAD_MEASUREMENTS:
         return f"{signal.count} of the {MIN_SPREAD_MEASUREMENTS} measurements that a standard error needs"
+    if not math.isfinite(signal.standard_error):
+        return "with signal_beta 0 there is one measurement in the average, and no standard error"
     return (
         f"signal {signal.mean:.3g} +- {signal.standard_error:.2g} after {signal.count} measurements "
         "cannot be told from noise"

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 
 from gns_controller.core.aggregation import summed, weighted_by_learning_rate
-from gns_controller.core.contract import BatchPlan, GroupReading, NoiseScaleMeasurement, Reason
+from gns_controller.core.contract import BatchPlan, GroupReading, NoiseScaleMeasurement, ProgressPoint, Reason
 from gns_controller.core.coupling import coupled
 from gns_controller.core.policies.frame import PolicyConfig, PolicyState, ProgressAverage, RunFacts, StepTiming
-from gns_controller.core.smoothing import SignedAverage, SmoothedNoiseScale
+from gns_controller.core.smoothing import NOTHING_SEEN, SignedAverage, SmoothedNoiseScale
 
 _TIMING_BETA = 0.9
 _MAX_TIMINGS = 32
+_STEP_SECONDS = (1e-9, 1e9)
+"""Step times outside of this are no times, and their squares no numbers."""
+_LARGEST_AVERAGED = 1e150
+"""As for readings: averages keep squares."""
 
 
 def adopt(state: PolicyState, measurement: NoiseScaleMeasurement, *, facts: RunFacts) -> PolicyState:
@@ -27,12 +31,15 @@ def adopt(state: PolicyState, measurement: NoiseScaleMeasurement, *, facts: RunF
         measurement.micro_batch_size,
         measurement.gradient_accumulation_steps,
     )
-    if measurement.optimizer_step < plan.effective_step or reported == in_force:
+    # The first step under a plan starts with `effective_step` completed ones: the report that counts as many tells of
+    # the step before.
+    if measurement.optimizer_step <= plan.effective_step or reported == in_force:
         return state
+    same_batch = measurement.global_batch_size == plan.global_batch_size
     factor, factors, exponent = coupled(
         facts.rules,
         global_batch_size=measurement.global_batch_size,
-        noise_scale=state.smoothed.judged().noise_scale if state.smoothed else None,
+        noise_scale=None if same_batch else _resolved_noise_scale(state),
         previous=plan,
     )
     measured = BatchPlan(
@@ -45,15 +52,23 @@ def adopt(state: PolicyState, measurement: NoiseScaleMeasurement, *, facts: RunF
         beta_exponent=exponent,
         effective_step=measurement.optimizer_step,
     )
-    if measurement.global_batch_size == plan.global_batch_size:
-        return state.model_copy(update={"plan": measured})
-    return state.model_copy(
-        update={
-            "plan": measured,
+    changes: dict[str, object] = {"plan": measured}
+    if not same_batch:
+        changes |= {
             "changed_at_step": measurement.optimizer_step,
             "changed_at_samples": measurement.samples_seen,
+            "curve": (),
         }
-    )
+    if measurement.data_parallel_size * plan.micro_batch_size * plan.gradient_accumulation_steps != (
+        plan.global_batch_size
+    ):
+        changes["timings"] = ()  # the same batch takes another time on other ranks
+    return state.model_copy(update=changes)
+
+
+def _resolved_noise_scale(state: PolicyState) -> float | None:
+    judged = state.smoothed.judged() if state.smoothed else NOTHING_SEEN
+    return None if judged.unresolved else judged.noise_scale
 
 
 def followed_readings(config: PolicyConfig, measurement: NoiseScaleMeasurement) -> list[GroupReading]:
@@ -86,14 +101,19 @@ def observe(config: PolicyConfig, state: PolicyState, measurement: NoiseScaleMea
     if not all(reading.is_finite for reading in readings):
         return state.model_copy(update=learned), "hold_not_finite"
     groups: tuple[SmoothedNoiseScale, ...] = ()
+    followed = readings[0]
     if config.aggregation == "max":
         before = {average.group: average for average in state.groups}
         groups = tuple(_averaged(config, before.get(reading.group), reading) for reading in readings)
         smoothed = _largest(groups)
+        followed = next(reading for reading in readings if reading.group == smoothed.group)
     else:
-        smoothed = _averaged(config, state.smoothed, readings[0])
-    learned |= {"smoothed": smoothed, "groups": groups, "num_measurements": state.num_measurements + 1}
-    learned["curve"] = _averaged_curve(config, state.curve, readings[0])
+        smoothed = _averaged(config, state.smoothed, followed)
+    learned["smoothed"] = smoothed
+    learned["groups"] = groups
+    learned["num_measurements"] = state.num_measurements + 1
+    if followed.progress_curve:
+        learned["curve"] = _averaged_curve(config, state.curve, followed)
     return state.model_copy(update=learned), "hold"
 
 
@@ -104,23 +124,24 @@ def _clockwork(state: PolicyState, measurement: NoiseScaleMeasurement) -> dict[s
     if math.isfinite(factor) and factor > state.peak_schedule_factor:
         learned["peak_schedule_factor"] = factor
     seconds = measurement.step_seconds
-    if seconds is not None and 0 < seconds < math.inf:
+    if seconds is not None and _STEP_SECONDS[0] <= seconds <= _STEP_SECONDS[1]:
         steps = max(measurement.optimizer_step - state.last_step, 0)
         learned["timings"] = _timed(state.timings, measurement.global_batch_size, seconds)
         learned["timed_steps"] = state.timed_steps + steps
-        total = state.timed_seconds + steps * seconds
-        learned["timed_seconds"] = total if math.isfinite(total) else state.timed_seconds
+        learned["timed_seconds"] = state.timed_seconds + steps * seconds
     return learned
 
 
 def _timed(timings: tuple[StepTiming, ...], batch_size: int, seconds: float) -> tuple[StepTiming, ...]:
-    others = [timing for timing in timings if timing.global_batch_size != batch_size]
-    known = next((timing for timing in timings if timing.global_batch_size == batch_size), None)
-    count = known.num_reports + 1 if known else 1
-    weight = max(1 / count, 1 - _TIMING_BETA)
-    average = seconds if known is None else known.step_seconds + weight * (seconds - known.step_seconds)
-    timing = StepTiming(global_batch_size=batch_size, step_seconds=average, num_reports=count)
-    return tuple(sorted([*others, timing], key=lambda kept: kept.global_batch_size)[:_MAX_TIMINGS])
+    for index, known in enumerate(timings):
+        if known.global_batch_size == batch_size:
+            count = known.num_reports + 1
+            weight = max(1 / count, 1 - _TIMING_BETA)
+            average = known.step_seconds + weight * (seconds - known.step_seconds)
+            timing = StepTiming(global_batch_size=batch_size, step_seconds=average, num_reports=count)
+            return (*timings[:index], timing, *timings[index + 1 :])
+    timing = StepTiming(global_batch_size=batch_size, step_seconds=seconds, num_reports=1)
+    return tuple(sorted([*timings, timing], key=lambda kept: kept.global_batch_size)[:_MAX_TIMINGS])
 
 
 def _averaged(config: PolicyConfig, before: SmoothedNoiseScale | None, reading: GroupReading) -> SmoothedNoiseScale:
@@ -132,15 +153,20 @@ def _averaged(config: PolicyConfig, before: SmoothedNoiseScale | None, reading: 
 def _averaged_curve(
     config: PolicyConfig, before: tuple[ProgressAverage, ...], reading: GroupReading
 ) -> tuple[ProgressAverage, ...]:
-    points = sorted(
-        (point for point in reading.progress_curve if math.isfinite(point.progress)), key=lambda point: point.samples
-    )
-    if not points:
+    # One point for each size, whatever was sent.
+    found = {point.samples: point.progress for point in reading.progress_curve if math.isfinite(point.samples)}
+    if not found:
         return before
+    points = [ProgressPoint(samples=samples, progress=found[samples]) for samples in sorted(found)]
+    is_finite = all(abs(point.progress) < _LARGEST_AVERAGED for point in points)
     if [point.samples for point in points] != [average.samples for average in before]:
         return tuple(
-            ProgressAverage(samples=point.samples, progress=SignedAverage(mean=point.progress)) for point in points
+            ProgressAverage(samples=point.samples, progress=SignedAverage(mean=point.progress))
+            for point in points
+            if is_finite
         )
+    if not is_finite:
+        return before
     return tuple(
         ProgressAverage(
             samples=point.samples, progress=average.progress.updated(point.progress, beta=config.signal_beta)

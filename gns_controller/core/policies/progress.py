@@ -4,8 +4,9 @@
 
 P at the two largest sub-batches of one measurement (a quarter and a half of the batch, by sign patterns). In the noise
 dominated limit progress grows like the root of the batch: e = 1/2. Far above the noise scale it does not grow: e = 0.
-At batch = noise scale, euclidean, e = 1/4. Ours. First order only: curvature is not seen, and docs/evidence/policies.md
-tells what that costs.
+In the euclidean norm P(S) ~ (1 + N / S)^(-1/2), so e = N / (2 (N + S)), and 1/4 where sqrt(S1 S2) is the noise scale N:
+with a quarter and a half of the batch that is a batch of 2.83 N. Ours. First order only: curvature is not seen, and
+docs/evidence/policies.md tells what that costs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class ProgressPolicyConfig(PolicyConfig):
 
     policy: Literal["progress"] = "progress"
     least_elasticity: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """Grow above it. 1/4 is the elasticity at batch = noise scale in the euclidean norm."""
+    """Grow above it. In the euclidean norm 1/4 is the elasticity where the sub-batches enclose the noise scale."""
     standard_errors: Annotated[float, Field(ge=0, le=10)] = 1.0
     """How many standard errors the elasticity has to be above it."""
     factor: Annotated[float, Field(gt=1, le=16)] = 2.0

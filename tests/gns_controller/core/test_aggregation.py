@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from gns_controller.core.aggregation import Aggregation, summed, weighted_by_learning_rate
 from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import Decision, GroupReading, NoiseScaleMeasurement
-from gns_controller.core.policies import HoldPolicyConfig, NoiseScalePolicyConfig, PolicyState, RunFacts, decide, initial_state
+from gns_controller.core.policies import (
+    HoldPolicyConfig,
+    NoiseScalePolicyConfig,
+    PolicyState,
+    RunFacts,
+    decide,
+    initial_state,
+)
 from gns_controller.core.replay import replay
 from gns_controller.core.runs import RunSpecification
 from tests.gns_controller.core.measurements import measurement, reading

@@ -11,9 +11,8 @@ from pydantic import ValidationError
 
 from gns_controller.core.aggregation import Aggregation
 from gns_controller.core.batch_arithmetic import BatchRules, factor_batch
-from gns_controller.core.contract import Decision, NoiseScaleMeasurement, ParameterGroup, Span
+from gns_controller.core.contract import Decision, ParameterGroup, Span
 from gns_controller.core.policies import (
-    AnyPolicyConfig,
     HoldPolicyConfig,
     NoiseScalePolicyConfig,
     Stage,
@@ -21,16 +20,7 @@ from gns_controller.core.policies import (
 )
 from gns_controller.core.replay import replay
 from gns_controller.core.runs import RunSpecification
-from tests.gns_controller.core.measurements import measurement, reading
-
-
-def specification(policy: AnyPolicyConfig, **changes: Any) -> RunSpecification:
-    rules = {"global_batch_size": 16, "micro_batch_size": 32, **changes}
-    return RunSpecification(batch=BatchRules(**rules), data_parallel_size=2, budget_samples=100_000, policy=policy)
-
-
-def decisions(policy: AnyPolicyConfig, measurements: list[NoiseScaleMeasurement], **changes: Any) -> list[Decision]:
-    return replay(specification(policy, **changes), measurements)
+from tests.gns_controller.core.measurements import decisions, measurement, reading, specification
 
 
 def published(**changes: Any) -> NoiseScalePolicyConfig:
