@@ -39,7 +39,7 @@ from gns_controller.core.runs import (
 )
 from gns_controller.listeners import Listeners
 from gns_controller.metrics import LiveRun, LiveRuns, Metrics
-from gns_controller.projections import Projections
+from gns_controller.projections import Newest, Projections, key_of
 from gns_controller.store import LogEntry, MeasurementBody, NewEntry, RunHead, Store, Transaction
 from gns_controller.views import live_run_of, run_state, schedule_view, view_of
 
@@ -48,6 +48,9 @@ _GAP_WEIGHT = 0.2
 
 _MAX_PLANS = 1000
 """Most plans in a schedule; the newest are kept."""
+
+_MAX_SCHEDULES = 64
+"""Schedules kept; one of a thousand plans is half a megabyte and takes 30 ms."""
 
 _MAX_FOLDED_PER_SCRAPE = 20
 """Projections made for one scrape, each 10 ms; other runs go without until the next."""
@@ -101,6 +104,7 @@ class Controller:
         self._replay_max_measurements = replay_max_measurements
         self._replaying = threading.Lock()
         self._projections = Projections()
+        self._schedules: Newest[ScheduleView] = Newest(_MAX_SCHEDULES)
 
     def register(self, run_id: str, registration: Registration) -> Future[Registered]:
         """Announce an incarnation of a run; the same one again changes nothing.
@@ -247,7 +251,14 @@ class Controller:
             UnknownRunError: no run has this name.
         """
         head = self._head(run_id)
-        return schedule_view(head, self._store.plan_changes(run_id, limit=_MAX_PLANS), self._projections.present(head))
+        kept = self._schedules.get(run_id)
+        if kept is not None and kept[0] == key_of(head):
+            return kept[1]
+        plan_changes = self._store.plan_changes(run_id, limit=_MAX_PLANS)
+        view = schedule_view(head, plan_changes, self._projections.present(head))
+        if not plan_changes or plan_changes[-1].sequence <= head.state_sequence:  # else something came in between
+            self._schedules.put(head, view)
+        return view
 
     def place_in_schedule(self, run_id: str) -> tuple[int, int]:
         """Attempt and version of the present plan: all that somebody who waits for a plan has to look at.

@@ -1,72 +1,105 @@
-"""Projections of many runs, folded once for each state of a run: the schedule and /metrics ask for the same ones."""
+"""What is expected of many runs, worked out once for each state: the schedule and /metrics ask again and again."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from gns_controller.core.projection import Projection, project
 from gns_controller.store import RunHead
 
 logger = logging.getLogger(__name__)
 
-_MAX_KEPT = 1000
+Value = TypeVar("Value")
+
+_MAX_PROJECTIONS = 1000
 _RECENT_SHARE = 0.01
 """A projection is recent while less than this share of the budget has passed since."""
 
 
-class _Kept(NamedTuple):
-    key: tuple[int, int, int]
+class StateKey(NamedTuple):
+    """The same for as long as nothing has happened to a run."""
+
+    registered_sequence: int
+    state_sequence: int
+    policy_revision: int
+
+
+def key_of(head: RunHead) -> StateKey:
+    """The key of the run's present state."""
+    return StateKey(head.registered_sequence, head.state_sequence, head.policy_revision)
+
+
+class Newest(Generic[Value]):
+    """One value for each of the runs that were last asked about. Any thread may ask.
+
+    Args:
+        limit: most runs.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, tuple[StateKey, Value]] = OrderedDict()
+
+    def get(self, run_id: str) -> tuple[StateKey, Value] | None:
+        """The value, and of which state."""
+        with self._lock:
+            return self._kept.get(run_id)
+
+    def put(self, head: RunHead, value: Value) -> None:
+        """Keep the value of the run's present state."""
+        with self._lock:
+            self._kept[head.run_id] = (key_of(head), value)
+            self._kept.move_to_end(head.run_id)
+            while len(self._kept) > self._limit:
+                self._kept.popitem(last=False)
+
+
+class _Folded(NamedTuple):
+    projection: Projection | None
     plan_version: int
+    global_batch_size: int
+    """In force: a trainer may have changed it on its own, within one version."""
     optimizer_step: int
     samples_seen: int
-    projection: Projection | None
 
 
 class Projections:
-    """The newest projection of each run, for as long as nothing has happened to the run."""
+    """The newest projection of each run."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._newest: Newest[_Folded] = Newest(_MAX_PROJECTIONS)
 
     def present(self, head: RunHead) -> Projection | None:
         """From the run's present state; None before the first measurement and after the last."""
         last = head.last_measurement
         if last is None or last.samples_seen >= head.specification.budget_samples:
             return None
-        key = (head.registered_sequence, head.state_sequence, head.policy_revision)
-        with self._lock:
-            kept = self._kept.get(head.run_id)
-        if kept is not None and kept.key == key:
-            return kept.projection
-        projection = _projected(head)
-        kept = _Kept(key, head.state.plan.version, last.optimizer_step, last.samples_seen, projection)
-        with self._lock:
-            self._kept[head.run_id] = kept
-            self._kept.move_to_end(head.run_id)
-            while len(self._kept) > _MAX_KEPT:
-                self._kept.popitem(last=False)
-        return projection
+        kept = self._newest.get(head.run_id)
+        if kept is not None and kept[0] == key_of(head):
+            return kept[1].projection
+        plan = head.state.plan
+        folded = _Folded(_projected(head), plan.version, plan.global_batch_size, last.optimizer_step, last.samples_seen)
+        self._newest.put(head, folded)
+        return folded.projection
 
     def recent_steps_left(self, head: RunHead) -> int | None:
         """Optimizer steps to the end, from a projection under the same plan and policy; None without a recent one."""
-        last = head.last_measurement
-        with self._lock:
-            kept = self._kept.get(head.run_id)
-        if last is None or kept is None or kept.projection is None:
+        last, kept = head.last_measurement, self._newest.get(head.run_id)
+        if last is None or kept is None or kept[1].projection is None:
             return None
-        passed = last.samples_seen - kept.samples_seen
-        same = (kept.key[0], kept.key[2], kept.plan_version) == (
-            head.registered_sequence,
-            head.policy_revision,
-            head.state.plan.version,
-        )
-        if not same or not 0 <= passed <= _RECENT_SHARE * head.specification.budget_samples:
+        key, folded = kept
+        present = key_of(head)._replace(state_sequence=key.state_sequence)
+        passed = last.samples_seen - folded.samples_seen
+        is_recent = 0 <= passed <= _RECENT_SHARE * head.specification.budget_samples
+        plan = head.state.plan
+        same_plan = (folded.plan_version, folded.global_batch_size) == (plan.version, plan.global_batch_size)
+        if key != present or not same_plan or not is_recent:
             return None
-        return max(kept.projection.steps_left.expected - (last.optimizer_step - kept.optimizer_step), 0)
+        return max(kept[1].projection.steps_left.expected - (last.optimizer_step - folded.optimizer_step), 0)
 
 
 def _projected(head: RunHead) -> Projection | None:

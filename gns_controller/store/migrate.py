@@ -25,8 +25,12 @@ def current_revision(connection: Connection) -> str | None:
     return MigrationContext.configure(connection).get_current_revision()
 
 
-def upgrade(connection: Connection) -> str | None:
+def upgrade(connection: Connection, *, to: str = "head") -> str | None:
     """Bring the database to the newest revision, in the caller's transaction. Returns the revision it had.
+
+    Args:
+        connection: where it is.
+        to: stop at an older revision, to test what follows.
 
     Raises:
         DatabaseTooNewError: its revision is not one of ours.
@@ -37,7 +41,7 @@ def upgrade(connection: Connection) -> str | None:
     if before != newest_revision():
         config = _config()
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(config, to)
     return before
 
 

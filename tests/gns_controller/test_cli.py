@@ -53,10 +53,10 @@ def test_a_doctor_finds_a_healthy_machine_healthy_and_a_damaged_database_not(ser
 
 def test_a_database_is_made_then_found_sound(tmp_path: Path) -> None:
     upgraded = json.loads(run_cli("db", "upgrade", "--json", folder=tmp_path)[1])
-    assert upgraded == {"revision_before": None, "revision": "0001"}
+    assert upgraded == {"revision_before": None, "revision": "0002"}
     code, output, _ = run_cli("db", "check", "--json", folder=tmp_path)
     assert code == 0
-    assert json.loads(output)["revision"] == "0001"
+    assert json.loads(output)["revision"] == "0002"
 
 
 def test_shown_settings_hide_secrets(tmp_path: Path) -> None:

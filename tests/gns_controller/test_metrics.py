@@ -143,3 +143,42 @@ def test_the_exposition_parses_and_every_family_is_ours_with_a_help_text(service
     for family in families:
         assert family.name.startswith("gns_")
         assert family.documentation
+
+
+def test_what_the_ramp_was_worth_and_what_is_left_equal_sums_done_by_hand(service: Service) -> None:
+    """100 000 samples of budget. 640 of them took 25 steps, 20 of 16 and 5 of 64 samples: 16 throughout takes 40."""
+    service.register(policy={"policy": "hold"}, batch={"global_batch_size": 16, "micro_batch_size": 4})
+    names = ("optimizer_steps_saved", "seconds_saved", "projected_steps_left")
+    assert [service.sample(f"gns_{name}", run_id="run") for name in names] == [None] * 3
+    assert service.sample("gns_policy_revision", run_id="run") == 0
+    assert service.sample("gns_override_active", run_id="run") == 0
+    assert service.sample("gns_advised_data_parallel_size", run_id="run") == 4
+    service.report(report(20, samples=320, step_seconds=0.5, micro_batch_size=4, gradient_accumulation_steps=2))
+    assert service.sample("gns_projected_steps_left", run_id="run") == (100_000 - 320) / 16
+    batch = {"batch": 64, "micro_batch_size": 4, "gradient_accumulation_steps": 8}
+    service.report(report(25, samples=640, step_seconds=1.0, **batch))
+    assert service.sample("gns_optimizer_steps_saved", run_id="run") == 40 - 25
+    assert service.sample("gns_seconds_saved", run_id="run") == pytest.approx(40 * 0.5 - (20 * 0.5 + 5 * 1.0))
+    assert service.sample("gns_advised_data_parallel_size", run_id="run") == 64 / 4
+    assert service.sample("gns_projected_steps_left", run_id="run") == pytest.approx((100_000 - 640) / 64, abs=1)
+    service.client.post("/api/v1/runs/run/override", json={"kind": "hold"}, headers={"If-Match": '"0"'})
+    assert service.sample("gns_policy_revision", run_id="run") == 1
+    assert service.sample("gns_override_active", run_id="run") == 1
+
+
+def test_steps_left_count_down_between_projections(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 % of the budget is 1000 samples: up to there the steps since are subtracted, and nothing is folded."""
+    service.register(policy={"policy": "hold"})
+    service.report(report(1, samples=16))
+    first = service.sample("gns_projected_steps_left", run_id="run")
+    assert first == pytest.approx((100_000 - 16) / 16, abs=1)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("folded again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gns_controller.projections.project", refuse)
+        service.report(report(11, samples=176))
+        assert service.sample("gns_projected_steps_left", run_id="run") == first - 10
+    service.report(report(101, samples=1616))
+    assert service.sample("gns_projected_steps_left", run_id="run") == pytest.approx((100_000 - 1616) / 16, abs=1)

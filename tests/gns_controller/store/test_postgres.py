@@ -10,10 +10,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 
 from gns_controller.core.errors import StoreUnavailableError
 from gns_controller.store.administration import check_database
+from gns_controller.store.engine import make_engine, parse_url
+from gns_controller.store.migrate import upgrade
+from gns_controller.store.tables import metadata
+from tests.gns_controller.histories import live_through
 from tests.gns_controller.service import Service, report
 
 
@@ -74,3 +81,33 @@ def test_a_second_controller_on_the_same_postgresql_is_refused(
         make_service(database_url=database_url)
     first.close()
     make_service(database_url=database_url)
+
+
+def another_database(database_url: str, name: str) -> str:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return database_url.replace("/postgres", f"/{name}")
+
+
+def test_a_postgresql_database_of_the_first_schema_is_upgraded_to_the_tables_of_the_code(database_url: str) -> None:
+    url = another_database(database_url, "upgraded")
+    engine = make_engine(parse_url(url), pool_size=1, writes=True)
+    with engine.begin() as connection:
+        upgrade(connection, to="0001")
+    with engine.begin() as connection:
+        assert upgrade(connection) == "0001"
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    engine.dispose()
+
+
+def test_operators_and_replay_work_on_postgresql_as_they_do_on_sqlite(
+    database_url: str, make_service: Callable[..., Service]
+) -> None:
+    answers = []
+    for service in (make_service(), make_service(database_url=another_database(database_url, "history"))):
+        num_measurements = live_through(service, seed=7)
+        found = [service.client.get(f"/api/v1/runs/run{path}").json() for path in ("", "/policy", "/controls")]
+        replayed = service.client.post("/api/v1/runs/run/replay", json={}).json()
+        assert replayed["num_equal"] == replayed["num_compared"] == num_measurements
+        answers.append([found, replayed])
+    assert answers[0] == answers[1]

@@ -1,0 +1,218 @@
+"""Commands that speak to a running controller, and replay of what they exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from gns_controller.cli import app
+from gns_controller.core.policies import NoiseScalePolicyConfig
+from gns_controller.recordings import read_recording
+from tests.gns_controller.service import Server, registration, report
+
+STAGES = {"policy": "stages", "stages": [{"from_samples": 100, "global_batch_size": 64}]}
+
+
+def cli(server: Server, *arguments: str) -> tuple[int, str, str]:
+    return typed(*arguments, "--url", server.url)
+
+
+def typed(*arguments: str) -> tuple[int, str, str]:
+    """As a person types it, in this process: exit code, standard output, standard error."""
+    done = CliRunner().invoke(app, arguments)
+    return done.exit_code, done.stdout, done.stderr
+
+
+def register(server: Server, **changes: Any) -> None:
+    server.http.put("/api/v1/runs/run", json=registration(**changes)).raise_for_status()
+
+
+def post(server: Server, *reports: dict[str, Any]) -> None:
+    server.http.post("/api/v1/runs/run/measurements", json={"measurements": list(reports)}).raise_for_status()
+
+
+def test_an_operator_pins_holds_and_releases(server: Server) -> None:
+    register(server)
+    code, output, _ = cli(server, "run", "override", "run", "--pin", "32", "--note", "no memory", "--json")
+    view = json.loads(output)
+    assert (code, view["policy_revision"]) == (0, 1)
+    assert view["override"] == {"kind": "pin", "global_batch_size": 32, "note": "no memory"}
+    code, output, _ = cli(server, "run", "policy", "run")
+    assert code == 0
+    assert "pin 32 samples (no memory)" in output
+    assert cli(server, "run", "override", "run", "--hold")[0] == 0
+    assert cli(server, "run", "override", "run", "--release", "--note", "done")[0] == 0
+    items = server.http.get("/api/v1/runs/run/controls").json()["items"]
+    assert [item["action"] for item in items] == ["registered", "override", "override", "release"]
+    assert items[-1]["note"] == "done"
+    code, _, errors = cli(server, "run", "override", "run", "--release")
+    assert (code, errors.count("\n")) == (1, 1)
+    assert "no override" in errors
+    code, _, errors = cli(server, "run", "override", "run", "--pin", "17")
+    assert code == 1
+    assert "Nearest reachable: 16 or 18" in errors
+
+
+@pytest.mark.parametrize("options", [[], ["--hold", "--release"], ["--pin", "4", "--hold"], ["--pin", "0"]])
+def test_an_override_is_exactly_one_thing(options: list[str]) -> None:
+    assert CliRunner().invoke(app, ["run", "override", "run", *options]).exit_code == 2
+
+
+def test_an_operator_changes_fields_and_whole_policies(server: Server) -> None:
+    register(server)
+    changed = ["--set", "noise_tolerance=0.25", "--set", "dwell.samples=500", "--set", "decay=freeze"]
+    code, output, _ = cli(server, "run", "policy", "run", *changed, "--set", "growth_cap=null", "--json")
+    policy = json.loads(output)["policy"]
+    assert code == 0
+    assert (policy["noise_tolerance"], policy["dwell"]["samples"], policy["decay"]) == (0.25, 500, "freeze")
+    assert policy["growth_cap"] is None
+
+    (server.directory / "policy.toml").write_text('policy = "noise_scale"\nestimator = "rank_variance"\n')
+    code, output, _ = cli(server, "run", "policy", "run", "--file", str(server.directory / "policy.toml"), "--json")
+    policy = json.loads(output)["policy"]
+    assert (policy["noise_tolerance"], policy["dwell"], policy["growth_cap"]) == (
+        NoiseScalePolicyConfig().noise_tolerance,
+        None,
+        4.0,
+    )
+
+    code, output, _ = cli(server, "run", "policy", "run", "--file", json.dumps(STAGES), "--note", "by hand")
+    assert code == 0
+    assert "stages" in output
+    for wrong, sentence in (
+        (["--set", "deadband=7"], "/deadband"),
+        (["--set", "deadband"], "field=value"),
+        (["--file", "nowhere.toml"], "cannot be read"),
+        (["--file", '{"policy": "nothing"}'], "not a policy"),
+    ):
+        code, _, errors = cli(server, "run", "policy", "run", *wrong)
+        assert code in (1, 2)
+        assert sentence in errors
+        assert errors.count("\n") == 1
+
+
+def test_an_exported_run_is_replayed_elsewhere_as_its_controller_replays_it(server: Server) -> None:
+    register(server, policy={"policy": "noise_scale", "estimator": "rank_variance", "monotone": False})
+    post(server, *(report(step, noise_scale=3.0 * step, loss=float("nan")) for step in range(1, 8)))
+    cli(server, "run", "override", "run", "--pin", "64")
+    batch = {"batch": 64, "micro_batch_size": 32}
+    post(server, report(8, samples=128), report(9, samples=192, **batch))
+    register(server, policy={"policy": "noise_scale", "estimator": "rank_variance", "monotone": False},
+             incarnation="incarnation-1", resume_step=4)  # fmt: skip
+    cli(server, "run", "override", "run", "--release")
+    post(server, report(5, attempt=1, noise_scale=2.0), report(6, attempt=1, noise_scale=2.0))
+    cli(server, "run", "policy", "run", "--set", "deadband=0.5")
+
+    code, exported, _ = cli(server, "run", "export", "run")
+    assert code == 0
+    path = server.directory / "run.jsonl"
+    path.write_text(exported)
+    assert read_recording(path).policy_revision == 3
+    asked = json.dumps(STAGES)
+    for options in ([], ["--policy", asked], ["--policy", asked, "--follow-trainer"]):
+        here = typed("replay", str(path), *options, "--json")
+        there = cli(server, "replay", "run", *options, "--json")
+        assert here[0] == there[0] == 0
+        assert json.loads(here[1]) == json.loads(there[1])
+        if not options:
+            answer = json.loads(here[1])
+            assert (answer["num_compared"], answer["num_equal"]) == (11, 11)
+
+    code, table, _ = typed("replay", str(path), "--policy", asked)
+    assert code == 0
+    assert "happened  replayed  reason" in table
+    assert "saved" in table
+
+    lines = exported.splitlines()
+    lines[3] = lines[3].replace('"reason":"', '"reason":"hold","explanation":"altered","reason":"', 1)
+    altered = json.loads(lines[3])
+    altered["decision"]["explanation"] = "altered"
+    lines[3] = json.dumps(altered)
+    path.write_text("\n".join(lines))
+    code, _, errors = typed("replay", str(path))
+    assert code == 1
+    assert "not repeated" in errors
+    code, _, errors = typed("replay", str(path), "--batch-size", "32")
+    assert code == 2
+    assert "specification of its own" in errors
+
+
+def table(folder: Path) -> None:
+    rows = ["step,samples,batch_size,gns"]
+    rows += [f"{step},{64 * step},64,{10.0 * step}" for step in range(10, 110, 10)]
+    (folder / "history.csv").write_text("\n".join(rows))
+
+
+def test_a_table_is_replayed_with_what_its_first_rows_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """noise_scale / 0.25 = 40 * step samples: 400 at the first row, floored to whole passes of 64."""
+    table(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    policy = '{"policy": "noise_scale", "noise_tolerance": 0.5, "growth_cap": null}'
+    columns = "optimizer_step=step,samples_seen=samples,global_batch_size=batch_size,noise_scale=gns"
+    arguments = ["replay", "history.csv", "--policy", policy, "--columns", columns, "--format", "csv"]
+    code, output, errors = typed(*arguments, "--json")
+    assert code == 0, errors
+    answer = json.loads(output)
+    assert [row["replayed_batch_size"] for row in answer["rows"]] == [400 * k // 64 * 64 for k in range(1, 11)]
+    assert answer["policy"]["noise_beta"] == answer["policy"]["signal_beta"] == 0
+    assert answer["policy"]["estimator"] == "rank_variance"
+    assert errors.count("holds averages") == 1
+    assert answer["num_compared"] == 0
+    assert answer["happened_steps"] == 100
+
+    kept = '{"policy": "noise_scale", "noise_beta": 0.5, "signal_beta": 0.5}'
+    answer = json.loads(typed("replay", "history.csv", "--policy", kept, "--json")[1])
+    assert answer["policy"]["noise_beta"] == 0.5
+
+    options = ["--batch-size", "32", "--micro-batch-size", "8", "--data-parallel-size", "2", "--budget-samples", "9999"]
+    code, output, _ = typed(*arguments, *options)
+    assert code == 0
+    assert "none were recorded" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["history.csv"], "give --policy"),
+        (["history.csv", "--policy", "{"], "no JSON document"),
+        (["history.csv", "--policy", '{"policy": "hold"}', "--columns", "step"], "ours=theirs"),
+        (["history.csv", "--policy", '{"policy": "hold"}', "--format", "excel"], "no format"),
+        (["history.csv", "--policy", '{"policy": "hold"}', "--batch-size", "65"], "Nearest reachable"),
+        (["history.csv", "--policy", '{"policy": "hold", "geometry": "sign", "deadband": -1}'], "deadband"),
+        (["nowhere.csv", "--policy", '{"policy": "hold"}'], "does not exist"),
+        (["nobody", "--batch-size", "8"], "names a run"),
+    ],
+)
+def test_what_cannot_be_replayed_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], sentence: str
+) -> None:
+    table(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["replay", *arguments])
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_run_of_nobodys_controller_is_one_sentence() -> None:
+    code, _, errors = typed("replay", "nobody", "--url", "http://127.0.0.1:1")
+    assert (code, errors.count("\n")) == (1, 1)
+    assert "no controller answers" in errors
+
+
+def test_an_export_follows_its_pages(server: Server) -> None:
+    """More measurements than a page holds, and a control between them."""
+    register(server)
+    for first in range(1, 1101, 100):
+        post(server, *(report(step, noise_scale=1.0) for step in range(first, first + 100)))
+        if first == 1001:
+            cli(server, "run", "override", "run", "--hold")
+    code, exported, _ = cli(server, "run", "export", "run")
+    assert code == 0
+    lines = [json.loads(line) for line in exported.splitlines()]
+    assert [line["kind"] for line in lines] == ["run", "control"] + ["measurement"] * 1100 + ["control"]
+    assert [line["sequence"] for line in lines[1:]] == sorted(line["sequence"] for line in lines[1:])
