@@ -76,6 +76,7 @@ TRAINER = {
     "trainer_hooks.clipping": (2.5, {"torch"}),
     "trainer_hooks.selftest": (3, {"torch"}),
     "trainer_hooks.steps": (3, {"torch"}),
+    "trainer_hooks.reporting": (3, {"torch"}),
     "trainer_hooks.needs": (3, set()),
     "trainer_hooks.measuring": (3.2, {"torch"}),
     "trainer_hooks.session": (3.5, {"torch"}),

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable
 from gns_controller.core.contract import BatchPlan, Direction, Estimator, RunId, Span
 from gns_controller.core.errors import InvalidInputError, TooFewGroupsError
-from gns_controller.core.policies import AnyPolicyConfig, PolicyState, plan_for
+from gns_controller.core.policies import AnyPolicyConfig, PolicyState, initial_state, plan_for
 from gns_controller.core.policies.documents import read_policy
 from gns_controller.core.policies.frame import PolicyConfig
 from trainer_hooks.estimators.spectral import SpectralNorms
@@ -74,6 +74,15 @@ def check_state(state: Mapping[str, Any], optimizers: Sequence[torch.optim.Optim
         raise InvalidInputError(
             f"the checkpoint's optimizers have {saved} parameter groups, these have {present}: not the same optimizers."
         )
+
+
+def first_state(state: Mapping[str, Any] | None, rules: BatchRules, *, data_parallel_size: int) -> PolicyState:
+    """What the policy remembers at attach: the checkpoint's memory with its plan cut for these ranks, or nothing."""
+    if not state:
+        return initial_state(rules, data_parallel_size=data_parallel_size)
+    found = PolicyState.model_validate(state["policy_state"])
+    plan = reachable_plan(found.plan, rules, found, data_parallel_size=data_parallel_size)
+    return found.model_copy(update={"plan": plan})
 
 
 def reachable_plan(

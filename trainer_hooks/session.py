@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -32,12 +30,7 @@ from gns_controller.core.contract import (
     Span,
 )
 from gns_controller.core.errors import InvalidInputError
-from gns_controller.core.policies import (
-    NoiseScalePolicyConfig,
-    PolicyState,
-    RunFacts,
-    initial_state,
-)
+from gns_controller.core.policies import NoiseScalePolicyConfig, PolicyState, RunFacts
 from gns_controller.core.runs import RunSpecification
 from trainer_hooks.batching import SampleStream
 from trainer_hooks.batching.schedule import LearningRateSchedule, sampled
@@ -51,6 +44,7 @@ from trainer_hooks.checks import (
     check_measuring,
     check_names,
     check_state,
+    first_state,
     reachable_plan,
 )
 from trainer_hooks.client import Controller, Verdict, connect, orders_from, saved_orders
@@ -59,6 +53,7 @@ from trainer_hooks.coupled import CoupledOptimizers, check_couplings, factor_for
 from trainer_hooks.estimators.spectral import SpectralNorms
 from trainer_hooks.measuring import Measuring
 from trainer_hooks.needs import needs_of
+from trainer_hooks.reporting import Stopwatch
 from trainer_hooks.steps import GradientScaler, Step
 
 logger = logging.getLogger(__name__)
@@ -115,15 +110,9 @@ class AdaptiveBatch:
             self.optimizers, couples_betas=specification.batch.beta_coupling == "half_life"
         )
         self._due_exchanges: list[int] = []
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        self._loss_samples = 0
+        self._stopwatch = Stopwatch(self.ranks)
         self._unreported: list[GroupReading] = []
-        self._step_seconds: list[float] = []
-        self._typical_seconds: float | None = None
-        self._step_ended_at: float | None = None
-        self._reported_at = time.perf_counter()
         self._reported_step = 0
-        self._validation_loss: float | None = None
         self._arm()
 
     # ---------------------------------------------------------------- attach
@@ -287,12 +276,7 @@ class AdaptiveBatch:
         measuring.check(global_batch_size)
         if self_test:
             measuring.self_test(model)
-        if state:
-            policy_state = PolicyState.model_validate(state["policy_state"])
-            plan = reachable_plan(policy_state.plan, rules, policy_state, data_parallel_size=data_parallel.size)
-            policy_state = policy_state.model_copy(update={"plan": plan})
-        else:
-            policy_state = initial_state(rules, data_parallel_size=data_parallel.size)
+        policy_state = first_state(state, rules, data_parallel_size=data_parallel.size)
         specification = RunSpecification(
             batch=rules,
             data_parallel_size=int(state["data_parallel_size"]) if state else data_parallel.size,
@@ -434,8 +418,7 @@ class AdaptiveBatch:
     def observe_loss(self, loss: Tensor, *, num_samples: int) -> None:
         """Add to the mean loss of the next report. No host synchronisation."""
         self._measuring.observe_loss(loss)
-        self._loss_sum += loss.detach().double() * num_samples
-        self._loss_samples += num_samples
+        self._stopwatch.observe_loss(loss, num_samples=num_samples)
 
     def measure(self) -> list[GroupReading]:
         """End of the last backward pass, before clipping: the readings of a measured step, else nothing. Every rank."""
@@ -455,7 +438,7 @@ class AdaptiveBatch:
 
     def observe_validation_loss(self, value: float) -> None:
         """Goes along with the next report."""
-        self._validation_loss = value
+        self._stopwatch.validation_loss = value
 
     def advance(self, *, num_samples: int) -> None:
         """After optimizer.step: count, report, agree on the next plan. Every rank, once per optimizer step.
@@ -467,7 +450,7 @@ class AdaptiveBatch:
         was_measured = self.is_measured
         self.optimizer_step += 1
         self.samples_seen += num_samples
-        seconds = self._time_step(was_measured)
+        seconds = self._stopwatch.end_step(was_measured=was_measured)
         if was_measured:
             readings, self._unreported = self._unreported, []
             if num_samples != self.plan.global_batch_size:
@@ -546,38 +529,13 @@ class AdaptiveBatch:
     def _arm(self) -> None:
         self._measuring.arm(optimizer_step=self.optimizer_step, samples_seen=self.samples_seen, plan=self.plan)
 
-    def _time_step(self, was_measured: bool) -> float | None:
-        """Seconds of the step that ends now."""
-        now, before = time.perf_counter(), self._step_ended_at
-        self._step_ended_at = now
-        if before is not None and not was_measured:
-            self._step_seconds.append(now - before)
-        return now - before if before is not None else None
-
     def _report(
         self, readings: Sequence[GroupReading], *, schedule_factor: float, measured_seconds: float | None = None
     ) -> MeasurementCost | None:
         """Reduce losses and costs (every rank), then hand the measurement to rank 0's client."""
-        step_seconds = statistics.median(self._step_seconds) if self._step_seconds else self._typical_seconds
-        self._typical_seconds = step_seconds
-        is_timed = measured_seconds is not None and step_seconds is not None
-        elapsed, self._reported_at = time.perf_counter() - self._reported_at, time.perf_counter()
-        times = [
-            (measured_seconds or 0.0) - (step_seconds or 0.0),
-            self._measuring.norm_seconds,
-            step_seconds or 0.0,
-            elapsed,
-            float(is_timed),
-        ]
-        sums = torch.cat([self._loss_sum[None], self._loss_sum.new_tensor([float(self._loss_samples), *times])])
-        loss_sum, num_samples, *averages = self.ranks.sum_(sums).tolist()
-        extra, norms, typical, elapsed, timed = (value / self.ranks.size for value in averages)
-        cost = MeasurementCost(extra, norms, typical, elapsed) if timed == 1 else None
-        self._loss_sum.zero_()
-        self._loss_samples = 0
-        self._step_seconds.clear()
+        interval = self._stopwatch.report(norm_seconds=self._measuring.norm_seconds, measured_seconds=measured_seconds)
+        cost, step_seconds = interval.cost, interval.step_seconds
         self._reported_step = self.optimizer_step
-        validation_loss, self._validation_loss = self._validation_loss, None
         if self._controller is None:
             return cost
         plan = self.plan
@@ -597,8 +555,8 @@ class AdaptiveBatch:
                     step_seconds=step_seconds,
                     samples_per_second=plan.global_batch_size / step_seconds if step_seconds else None,
                     measurement_seconds=cost.extra_seconds if cost else None,
-                    loss=loss_sum / num_samples if num_samples else None,
-                    validation_loss=validation_loss,
+                    loss=interval.loss,
+                    validation_loss=interval.validation_loss,
                     readings=tuple(readings),
                 )
             )

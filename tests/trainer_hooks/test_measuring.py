@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from gns_controller.core.contract import NoiseScaleMeasurement, Span
 from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import HoldPolicyConfig
-from trainer_hooks import AdaptiveBatch, measuring
-from trainer_hooks import session as session_module
+from trainer_hooks import AdaptiveBatch, measuring, reporting
 from trainer_hooks.capture import GroupReader
 from trainer_hooks.estimators.geometries import SPLIT_SUMS
 from trainer_hooks.optim import Muon, Signum
@@ -64,7 +63,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, norm_seconds: Callable[[GroupReader], float]) -> None:
         self.now = 0.0
-        for module in (session_module, measuring):
+        for module in (reporting, measuring):
             monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
         read = GroupReader.read
 
