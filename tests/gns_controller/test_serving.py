@@ -134,6 +134,28 @@ def test_the_event_stream_replays_the_log_and_goes_on_live(server: Server) -> No
             assert next(events_of(response.iter_lines()))[0] == sequence
 
 
+def test_an_operators_word_is_an_event_of_its_own(server: Server) -> None:
+    register(server)
+    with server.http.stream("GET", "/api/v1/runs/run/events") as response:
+        events = events_of(response.iter_lines())
+        assert next(events)[1] == "registered"
+        body = {"kind": "hold", "note": "a line\nand another\r\n\nevent: forged"}
+        url = f"{server.url}/api/v1/runs/run/override"
+        httpx.post(url, json=body, headers={"If-Match": '"0"'}, trust_env=False).raise_for_status()
+        sequence, kind, data = next(events)
+        assert (sequence, kind, data["sequence"]) == (2, "control", 2)
+        assert (data["action"], data["policy_revision"], data["override"]) == (
+            "override",
+            1,
+            {**body, "global_batch_size": None},
+        )
+        assert data["policy"]["policy"] == "noise_scale"
+        assert data["note"] == body["note"]
+        assert {"received_at", "sequence"} <= set(data)
+        post(server, report(1))
+        assert next(events)[1] == "measurement"
+
+
 def test_idle_streams_hold_no_database_connection(tmp_path: Path) -> None:
     """Three times as many streams as the read pool has connections, and reads still answer."""
     server = Server(tmp_path).start()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -347,3 +348,12 @@ def test_somebody_who_waits_for_a_plan_is_not_woken_by_words(service: Service) -
     service.report(report(1))
     waiter.join(10)
     assert answers == [1]
+
+
+def test_nobody_speaks_or_replays_without_a_token_where_there_are_tokens(make_service: Callable[..., Service]) -> None:
+    service = make_service(token_hashes=hashlib.sha256(b"secret").hexdigest())
+    refused = [*words(service, {"If-Match": "*"}), service.client.post(f"{URL}/replay", json={})]
+    assert [slug_of(response) for response in refused] == ["unauthorized"] * 4
+    service.client.headers["Authorization"] = "Bearer secret"
+    service.register()
+    assert change(service, {}).status_code == 200

@@ -134,3 +134,31 @@ def test_one_replay_at_a_time_and_reports_go_on_meanwhile(service: Service, monk
     worker.join(20)
     assert first[0].json()["num_compared"] == 1, "as the run was when it was asked"
     assert replayed(service).json()["num_compared"] == 2
+
+
+def test_operators_who_speak_while_measurements_arrive_leave_a_log_that_repeats(service: Service) -> None:
+    service.register(policy={"policy": "noise_scale", "estimator": "rank_variance", "monotone": False})
+    done = threading.Event()
+    num_words = 0
+
+    def operate() -> None:
+        nonlocal num_words
+        anybody = {"If-Match": "*"}
+        while not done.is_set():
+            body = {"kind": "pin", "global_batch_size": 32 + 2 * (num_words % 8)}
+            service.client.post("/api/v1/runs/run/override", json=body, headers=anybody)
+            service.client.patch("/api/v1/runs/run/policy", json={"deadband": num_words % 9 / 10}, headers=anybody)
+            service.client.delete("/api/v1/runs/run/override", headers=anybody)
+            num_words += 3
+
+    operator = threading.Thread(target=operate)
+    operator.start()
+    for first in range(1, 121, 4):
+        service.report(*(report(step, noise_scale=float(step % 13 + 1)) for step in range(first, first + 4)))
+    done.set()
+    operator.join(20)
+    answer = replayed(service).json()
+    assert answer["num_equal"] == answer["num_compared"] == 120
+    assert service.client.get("/api/v1/runs/run/policy").json()["policy_revision"] == num_words > 10
+    reasons = {row["replayed_reason"] for row in answer["rows"]}
+    assert "override" in reasons
