@@ -46,8 +46,8 @@ export class Control {
       "fieldset",
       { "aria-describedby": "control-why control-when" },
       h("legend", { class: "hidden" }, "Overrule the policy"),
-      this.batch.element,
-      this.note.element,
+      ...this.batch.elements,
+      ...this.note.elements,
       h("div", { class: "actions" }, this.pin, this.hold, this.release),
     );
     this.form = h("form", { class: "overrule", novalidate: true }, this.fields);
@@ -67,6 +67,11 @@ export class Control {
       reload: () => this.load(),
     });
     this.edit.addEventListener("click", () => this.known && this.editor.open(this.known, this.view, this.edit));
+    this.when = h(
+      "p",
+      { class: "quiet", id: "control-when" },
+      "Takes effect at the next measurement, not before. Should the ranks change, a pin is rounded down to a batch they can make.",
+    );
     this.element = h(
       "section",
       { class: "card control", "aria-labelledby": "title-control" },
@@ -74,11 +79,7 @@ export class Control {
       this.who,
       this.pending,
       this.form,
-      h(
-        "p",
-        { class: "quiet", id: "control-when" },
-        "Takes effect at the next measurement, not before. Should the ranks change, a pin is rounded down to a batch they can make.",
-      ),
+      this.when,
       h("div", { class: "blocked" }, this.why, this.token),
       this.said,
       h("details", { class: "policy-document" }, h("summary", {}, "The policy in force, field by field"), this.document),
@@ -125,6 +126,8 @@ export class Control {
     setText(this.why, why ?? "");
     this.why.hidden = !why;
     this.token.hidden = finished || !this.blocked;
+    this.form.hidden = this.when.hidden = finished;
+    setText(this.edit, finished ? "Try another policy" : "Edit the policy");
     this.fields.disabled = Boolean(why) || !known || this.busy;
     this.edit.disabled = !known || this.busy;
     this.editor.allowed(why);
@@ -292,7 +295,7 @@ function couplingText({ specification }) {
 
 /** A labelled input and the line below it that says what is wrong with it. */
 function field(id, label, attributes) {
-  const fault = h("span", { class: "fault", id: `${id}-fault`, role: "alert" });
+  const fault = h("p", { class: "fault", id: `${id}-fault`, role: "alert" });
   const input = h("input", { id, "aria-describedby": `${id}-fault`, ...attributes });
   input.addEventListener("input", () => set(""));
   const set = (text) => {
@@ -302,7 +305,7 @@ function field(id, label, attributes) {
   };
   return {
     input,
-    element: h("div", { class: `field ${id}` }, h("label", { for: id }, label), input, fault),
+    elements: [h("div", { class: `field ${id}` }, h("label", { for: id }, label), input), fault],
     fault: set,
     isFaulty: () => input.hasAttribute("aria-invalid"),
   };

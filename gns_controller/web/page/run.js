@@ -298,7 +298,9 @@ function leftTexts(view, projection) {
   if (view.state === "finished") return ["0", "the budget is used up"];
   if (!projection) return ["–", "known after the first measurement"];
   const { expected, least, most } = projection.steps_left;
-  return [format.whole(expected), least === most ? "expected" : `${format.whole(least)} to ${format.whole(most)}`];
+  if (least !== most) return [format.whole(expected), `${format.whole(least)} to ${format.whole(most)}`];
+  const waits = view.last_decision?.unresolved && !view.override;
+  return [format.whole(expected), waits ? "if it stays unresolved" : "expected"];
 }
 
 /** What the ramp so far was worth beside the batch of the start, in steps and time; losses are called losses. */
