@@ -26,6 +26,9 @@ from gns_controller.core.contract import (
 MIN_SPREAD_MEASUREMENTS = 5
 """A spread estimated from fewer measurements is not trusted."""
 
+GROWTH = 3
+"""Of a growing average: about the last quarter of the measurements so far count."""
+
 
 @dataclass(frozen=True, slots=True)
 class SignedAverage:
@@ -35,7 +38,12 @@ class SignedAverage:
     Var(mean) = s^2 sum w_i^2 for independent observations of variance s^2, and the weighted spread around the mean
     estimates s^2 (1 - sum w_i^2). A drifting signal widens the spread, so the error errs on the large side.
 
+    A growing average (`last` is kept) weighs its n-th value by (GROWTH + 1) / (n + GROWTH) until that falls to
+    1 - beta: early values, made while the signal fell by orders of magnitude, are soon forgotten. It takes s^2 from
+    half the squared difference of successive values, which a drift leaves alone.
+
     A dataclass: two are made per measurement, and a model would take twice as long.
+    Source: polynomial-decay averaging, arXiv:1212.1824; successive differences, von Neumann 1941.
     """
 
     mean: FiniteFloat
@@ -43,9 +51,18 @@ class SignedAverage:
     """sum w_i (x_i - mean)^2"""
     sum_weights_sq: FiniteFloat = 1.0
     count: Count = 1
+    last: FiniteFloat | None = None
+    """Growing averages only: the last value; `spread` is then the average of s^2 itself."""
+
+    @classmethod
+    def started_by(cls, value: float, *, growing: bool = False) -> SignedAverage:
+        """The average of one value."""
+        return cls(mean=value, last=value if growing else None)
 
     def updated(self, value: float, *, beta: float) -> SignedAverage:
         """The average after one more value."""
+        if self.last is not None:
+            return self._grown(value, self.last, beta=beta)
         deviation = value - self.mean
         return SignedAverage(
             mean=self.mean + (1 - beta) * deviation,
@@ -54,11 +71,26 @@ class SignedAverage:
             count=self.count + 1,
         )
 
+    def _grown(self, value: float, last: float, *, beta: float) -> SignedAverage:
+        count = self.count + 1
+        weight = max(1 - beta, (GROWTH + 1) / (count + GROWTH))
+        weight_of_difference = max(1 - beta, (GROWTH + 1) / (count - 1 + GROWTH))
+        half_square = (value - last) * (value - last) / 2
+        return SignedAverage(
+            mean=self.mean + weight * (value - self.mean),
+            spread=self.spread + weight_of_difference * (half_square - self.spread),
+            sum_weights_sq=(1 - weight) * (1 - weight) * self.sum_weights_sq + weight * weight,
+            count=count,
+            last=value,
+        )
+
     @property
     def standard_error(self) -> float:
         """Standard deviation of `mean`; infinite as long as it rests on one value."""
         if self.count < 2:
             return math.inf
+        if self.last is not None:
+            return math.sqrt(self.spread * self.sum_weights_sq)
         effective = self.sum_weights_sq
         if effective >= 1:  # beta = 0: the average is the last value
             return math.inf
@@ -102,7 +134,9 @@ class SmoothedNoiseScale(FrozenModel):
     """rank_variance: the latest pure-noise reading, its ceiling."""
 
     @classmethod
-    def started_by(cls, reading: GroupReading, *, corrected: bool = False) -> SmoothedNoiseScale:
+    def started_by(
+        cls, reading: GroupReading, *, corrected: bool = False, growing: bool = False
+    ) -> SmoothedNoiseScale:
         """The first reading starts both averages, as in the recorded runs of the published method."""
         return cls(
             group=reading.group,
@@ -110,12 +144,12 @@ class SmoothedNoiseScale(FrozenModel):
             estimator=reading.estimator,
             direction=reading.direction,
             corrected=corrected,
-            noise_sq=SignedAverage(mean=reading.noise_sq),
-            signal_sq=SignedAverage(mean=reading.signal_sq),
+            noise_sq=SignedAverage.started_by(reading.noise_sq, growing=growing),
+            signal_sq=SignedAverage.started_by(reading.signal_sq, growing=growing),
             pure_noise_samples=_finite(reading.ceiling_samples),
         )
 
-    def continues_with(self, reading: GroupReading, *, corrected: bool = False) -> bool:
+    def continues_with(self, reading: GroupReading, *, corrected: bool = False, growing: bool = False) -> bool:
         """Whether the reading is one of those that were averaged so far, and not another quantity."""
         return (
             self.group == reading.group
@@ -123,6 +157,7 @@ class SmoothedNoiseScale(FrozenModel):
             and self.estimator == reading.estimator
             and self.direction == reading.direction
             and self.corrected == corrected
+            and (self.noise_sq.last is not None) == growing
         )
 
     def updated(self, reading: GroupReading, *, noise_beta: float, signal_beta: float) -> SmoothedNoiseScale:

@@ -77,6 +77,9 @@ class PolicyConfig(Guards):
     correct_few_groups: bool = False
     """rank_variance in the sign geometry: take the bias out of the root of a variance of few groups, so that another
     number of ranks reads the same. False: as published."""
+    averaging: Literal["exponential", "growing"] = "exponential"
+    """exponential: the first reading starts the averages and fades slowly, as in the recorded runs of the published
+    method. growing: about the last quarter of the readings so far counts, until the betas allow no more."""
     noise_beta: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Weight of the past in the average of noise_sq, per measurement."""
     signal_beta: Annotated[float, Field(ge=0, lt=1)] = 0.9

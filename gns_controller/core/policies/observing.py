@@ -145,8 +145,9 @@ def _timed(timings: tuple[StepTiming, ...], batch_size: int, seconds: float) -> 
 
 
 def _averaged(config: PolicyConfig, before: SmoothedNoiseScale | None, reading: GroupReading) -> SmoothedNoiseScale:
-    if before is None or not before.continues_with(reading, corrected=config.correct_few_groups):
-        return SmoothedNoiseScale.started_by(reading, corrected=config.correct_few_groups)
+    growing = config.averaging == "growing"
+    if before is None or not before.continues_with(reading, corrected=config.correct_few_groups, growing=growing):
+        return SmoothedNoiseScale.started_by(reading, corrected=config.correct_few_groups, growing=growing)
     return before.updated(reading, noise_beta=config.noise_beta, signal_beta=config.signal_beta)
 
 
