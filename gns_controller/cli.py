@@ -462,7 +462,7 @@ def run_policy(
     with _sentences():
         from gns_controller.remote import Remote, run_path
 
-        patch = _assigned(assignments or []) if file is None else _policy(file).model_dump(mode="json")
+        patch = _assigned(assignments or []) if file is None else _replacement(_policy(file))
         with Remote(url, token) as remote:
             if patch:
                 view = remote.speak("PATCH", run_id, "policy", note=note, body=patch)
@@ -525,6 +525,15 @@ def _policy(text_or_file: str) -> AnyPolicyConfig:
         raise InvalidInputError(f"the policy file cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise InvalidInputError("the policy file is not UTF-8 text.") from None
+
+
+def _replacement(policy: AnyPolicyConfig) -> dict[str, Any]:
+    """Merge patch that leaves nothing of the policy before. Null in it means a field's default."""
+    document = policy.model_dump(mode="json")
+    for name, field in type(policy).model_fields.items():
+        if document[name] is None and field.default is not None:
+            raise InvalidInputError(f"{name} cannot be emptied by a patch: give a number that is never reached.")
+    return document
 
 
 def _assigned(assignments: list[str]) -> dict[str, Any]:

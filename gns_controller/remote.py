@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
+from pydantic import BaseModel, ValidationError
 
 from gns_controller.core.errors import GnsError
 from gns_controller.recordings import ExportedMeasurement, ExportedRun, export_lines
+
+Model = TypeVar("Model", bound=BaseModel)
 
 _TIMEOUT_SECONDS = 30.0
 _REPLAY_SECONDS = 600.0
@@ -84,6 +87,21 @@ class Remote:
         return answer
 
 
+def read_as(model: type[Model], answer: dict[str, Any]) -> Model:
+    """An answer of the controller as what it should be.
+
+    Raises:
+        GnsError: it is something else.
+    """
+    try:
+        return model.model_validate(answer)
+    except ValidationError:
+        raise GnsError(
+            "the controller's answer has fields that this version does not know, or lacks some: it is of another "
+            "version. Use the gns-controller command that belongs to it."
+        ) from None
+
+
 def run_path(run_id: str) -> str:
     """Path of a run in the API."""
     return f"/api/v1/runs/{quote(run_id, safe='')}"
@@ -95,12 +113,7 @@ def exported(remote: Remote, run_id: str) -> Iterator[str]:
     newest = remote.get(f"{path}/measurements", limit=1, order="desc")["items"]
     until = newest[0]["sequence"] if newest else -1
     view = remote.get(path)
-    run = ExportedRun(
-        run_id=view["run_id"],
-        specification=view["specification"],
-        policy=view["policy"],
-        policy_revision=view["policy_revision"],
-    )
+    run = read_as(ExportedRun, {key: view[key] for key in ("run_id", "specification", "policy", "policy_revision")})
     controls = [{"kind": "control", **item} for item in remote.pages(f"{path}/controls")]
     yield from export_lines(run, _in_order(remote, path, controls, until=until))
 
@@ -117,7 +130,7 @@ def _in_order(
         while control is not None and control["sequence"] < measurement["sequence"]:
             yield control
             control = next(waiting, None)
-        yield ExportedMeasurement.model_validate({**measurement, "decision": decision["decision"]})
+        yield read_as(ExportedMeasurement, {**measurement, "decision": decision["decision"]})
     while control is not None:
         yield control
         control = next(waiting, None)

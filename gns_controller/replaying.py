@@ -16,7 +16,7 @@ from gns_controller.core.policies import AnyPolicyConfig
 from gns_controller.core.replay import Event, ReplayReport, Resumed, compare
 from gns_controller.core.runs import RecordedEvent, RunSpecification
 from gns_controller.recordings import Format, ImportDefaults, Recording, read_recording
-from gns_controller.remote import Remote
+from gns_controller.remote import Remote, read_as
 
 _CONTROL: TypeAdapter[RecordedEvent] = TypeAdapter(RecordedEvent)
 _BETAS = ("noise_beta", "signal_beta")
@@ -74,7 +74,7 @@ def replay_run(
     """Let the controller of a run replay it."""
     body = {"policy": policy and policy.model_dump(mode="json"), "follow_trainer": follow_trainer}
     with Remote(url, token) as remote:
-        return Replayed(ReplayReport.model_validate(remote.replay(run_id, body)), [])
+        return Replayed(read_as(ReplayReport, remote.replay(run_id, body)), [])
 
 
 def replay_recording(

@@ -57,7 +57,7 @@ SERVICE = {
     "gns_controller.demo": (14, {"httpx", "rich", "matplotlib"}),
     "gns_controller.serving": (14, {"uvicorn", "fastapi", "prometheus_client"}),
     "gns_controller.doctor": (14, {"httpx"}),
-    "gns_controller.remote": (14, {"httpx"}),
+    "gns_controller.remote": (14, {"httpx", "pydantic"}),
     "gns_controller.replaying": (14.5, {"pydantic"}),
     "gns_controller.cli": (15, {"typer", "uvicorn", "rich", "httpx", "pydantic"}),
     "gns_controller.__main__": (16, set()),

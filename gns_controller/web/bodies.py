@@ -6,7 +6,7 @@ Also RFC 7396 merge patches of a policy.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -27,13 +27,6 @@ _JSON = ("application/json",)
 _MERGE_PATCH = ("application/merge-patch+json", "application/json")
 _LONGEST_POINTER = 200
 _POLICY: TypeAdapter[AnyPolicyConfig] = TypeAdapter(AnyPolicyConfig)
-_MAY_BE_EMPTY = {
-    config.model_fields["policy"].default: frozenset(
-        name for name, field in config.model_fields.items() if type(None) in get_args(field.annotation)
-    )
-    for config in get_args(get_args(AnyPolicyConfig)[0])
-}
-"""Policy -> its fields that may be null."""
 
 
 def json_body(model: type[Model]) -> Callable[[Request], Coroutine[Any, Any, Model]]:
@@ -61,16 +54,11 @@ async def merge_patch(request: Request) -> dict[str, Any]:
 def patched_policy(policy: AnyPolicyConfig, patch: Mapping[str, Any]) -> AnyPolicyConfig:
     """The policy after a merge patch; one that names another policy replaces it: its fields mean other things.
 
-    A policy shows all its fields, and null in those that may be empty; there null is a value, and elsewhere it takes
-    the field back to its default.
-
     Raises:
         ProblemError: the result is no policy.
     """
     same = patch.get("policy", policy.policy) == policy.policy
     document = merged(policy.model_dump(mode="json") if same else {}, patch)
-    empty = _MAY_BE_EMPTY.get(str(document.get("policy")), frozenset())
-    document |= {name: None for name, value in patch.items() if value is None and name in empty}
     try:
         return _POLICY.validate_python(document)
     except ValidationError as error:

@@ -52,7 +52,7 @@ def patch_of(what: str) -> dict[str, Any]:
     """Declaration of a JSON merge patch."""
     schema = {
         "type": "object",
-        "description": f"RFC 7396 merge patch of {what}: null empties a field.",
+        "description": f"RFC 7396 merge patch of {what}: null takes a field back to its default.",
     }
     kinds = ("application/merge-patch+json", "application/json")
     return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -65,11 +66,11 @@ def test_an_override_is_exactly_one_thing(options: list[str]) -> None:
 def test_an_operator_changes_fields_and_whole_policies(server: Server) -> None:
     register(server)
     changed = ["--set", "noise_tolerance=0.25", "--set", "dwell.samples=500", "--set", "decay=freeze"]
-    code, output, _ = cli(server, "run", "policy", "run", *changed, "--set", "growth_cap=null", "--json")
+    code, output, _ = cli(server, "run", "policy", "run", *changed, "--set", "growth_cap=9", "--json")
     policy = json.loads(output)["policy"]
     assert code == 0
     assert (policy["noise_tolerance"], policy["dwell"]["samples"], policy["decay"]) == (0.25, 500, "freeze")
-    assert policy["growth_cap"] is None
+    assert policy["growth_cap"] == 9
 
     (server.directory / "policy.toml").write_text('policy = "noise_scale"\nestimator = "rank_variance"\n')
     code, output, _ = cli(server, "run", "policy", "run", "--file", str(server.directory / "policy.toml"), "--json")
@@ -88,6 +89,7 @@ def test_an_operator_changes_fields_and_whole_policies(server: Server) -> None:
         (["--set", "deadband"], "field=value"),
         (["--file", "nowhere.toml"], "cannot be read"),
         (["--file", '{"policy": "nothing"}'], "not a policy"),
+        (["--file", '{"policy": "noise_scale", "growth_cap": null}'], "cannot be emptied"),
     ):
         code, _, errors = cli(server, "run", "policy", "run", *wrong)
         assert code in (1, 2)
@@ -216,3 +218,11 @@ def test_an_export_follows_its_pages(server: Server) -> None:
     lines = [json.loads(line) for line in exported.splitlines()]
     assert [line["kind"] for line in lines] == ["run", "control"] + ["measurement"] * 1100 + ["control"]
     assert [line["sequence"] for line in lines[1:]] == sorted(line["sequence"] for line in lines[1:])
+
+
+def test_a_controller_of_another_version_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = httpx.Response(200, json={"items": [], "next_cursor": None, "rows": "none"})
+    monkeypatch.setattr(httpx.Client, "request", lambda *_, **__: answer)
+    code, _, errors = typed("replay", "run")
+    assert (code, errors.count("\n")) == (1, 1)
+    assert "another version" in errors
