@@ -26,7 +26,7 @@ from gns_controller.core.errors import (
     UnknownRunError,
 )
 from gns_controller.core.policies import AnyPolicyConfig, PolicyState, decide, initial_state
-from gns_controller.core.replay import ReplayReport, compare
+from gns_controller.core.replay import ReplayReport, compare_log, resume_steps
 from gns_controller.core.runs import (
     IngestReply,
     PolicyView,
@@ -55,7 +55,7 @@ _MAX_SCHEDULES = 64
 _MAX_FOLDED_PER_SCRAPE = 20
 """Projections made for one scrape, each 10 ms; other runs go without until the next."""
 
-_REPLAY_PAGE = 1000
+_REPLAY_PAGE = 200
 """Log lines read at once."""
 
 _MAX_RECENT_RUNS = 1000
@@ -210,10 +210,13 @@ class Controller:
         if not self._replaying.acquire(blocking=False):
             raise ReplayBusyError()
         try:
-            events, decisions = controls.replay_events(self._log(head, until=head.measurement_sequence or 0))
+            until = head.measurement_sequence or 0
+            others = self._log(run_id, until=until, measurements=False)
+            steps = resume_steps(event for event, _ in controls.replay_log(others))
+            log = controls.replay_log(self._log(run_id, until=until))
             try:
-                return compare(
-                    head.specification, events, recorded=decisions, follow_trainer=follow_trainer, policy=policy
+                return compare_log(
+                    head.specification, log, resume_steps=steps, follow_trainer=follow_trainer, policy=policy
                 )
             except (ValueError, ArithmeticError):  # as in _decide
                 raise InvalidInputError(
@@ -320,9 +323,9 @@ class Controller:
         future.add_done_callback(lambda done: self._announce(run_id, done))
         return future
 
-    def _log(self, head: RunHead, *, until: int) -> Iterator[LogEntry]:
+    def _log(self, run_id: str, *, until: int, measurements: bool | None = None) -> Iterator[LogEntry]:
         after: int | None = None
-        while page := self._store.entries(head.run_id, limit=_REPLAY_PAGE, after=after):
+        while page := self._store.entries(run_id, limit=_REPLAY_PAGE, measurements=measurements, after=after):
             for entry in page:
                 if entry.sequence > until:
                     return

@@ -6,7 +6,7 @@ averages of the old one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from typing import NamedTuple
@@ -180,18 +180,14 @@ def recorded_event(entry: LogEntry) -> RecordedAttempt | RecordedControl:
     return RecordedControl(sequence=entry.sequence, received_at=entry.at, **dict(body))
 
 
-def replay_events(entries: Iterable[LogEntry]) -> tuple[list[Event], list[Decision]]:
-    """The log, or a part of it, as replay reads it, and the decisions that were made."""
-    events: list[Event] = []
-    decisions: list[Decision] = []
+def replay_log(entries: Iterable[LogEntry]) -> Iterator[tuple[Event, Decision | None]]:
+    """The log, or a part of it, as replay reads it, with the decisions that were made."""
     for entry in entries:
         if entry.kind == "measurement":
             body = MeasurementBody.model_validate_json(entry.body)
-            events.append(body.measurement)
-            decisions.append(body.decision)
+            yield body.measurement, body.decision
         else:
-            events.append(replay_event(recorded_event(entry)))
-    return events, decisions
+            yield replay_event(recorded_event(entry)), None
 
 
 def replay_event(recorded: RecordedAttempt | RecordedControl) -> Event:

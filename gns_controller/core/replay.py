@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -59,32 +60,65 @@ def replay(
             done.
         policy: ask this one instead, all run long; operators' words are then left out.
     """
-    present, revision, override = policy or config.policy, 0, None
-    ranks: int | None = None
-    decisions: list[Decision] = []
-    state: PolicyState | None = None
-    known: list[tuple[int, PolicyState]] = []
-    for event in events:
+    kept = list(events)
+    fold = _Fold(config, resume_steps=resume_steps(kept), follow_trainer=follow_trainer, policy=policy)
+    return [decision for event in kept if (decision := fold.after(event)) is not None]
+
+
+def resume_steps(events: Iterable[Event]) -> set[int]:
+    """The steps that attempts resume from."""
+    return {event.resume_step for event in events if isinstance(event, Resumed)}
+
+
+class _Fold:
+    """Where a replay stands, and the states that a later attempt goes back to: those, and no others."""
+
+    def __init__(
+        self,
+        config: RunSpecification,
+        *,
+        resume_steps: Iterable[int],
+        follow_trainer: bool,
+        policy: AnyPolicyConfig | None,
+    ) -> None:
+        self._config, self._follow_trainer, self._asked = config, follow_trainer, policy
+        self._controlled = Controlled(policy or config.policy, 0, None)
+        self._state: PolicyState | None = None
+        self._ranks: int | None = None
+        self._resume_steps = sorted(set(resume_steps))
+        self._kept: list[tuple[int, PolicyState]] = []
+        """Places in resume_steps, ascending, each with the newest state that an attempt may resume from there."""
+
+    def after(self, event: Event) -> Decision | None:
+        """The decision, where the event is a measurement."""
         if isinstance(event, Resumed):
-            state = next((kept for step, kept in reversed(known) if step <= event.resume_step), None)
-            ranks = event.data_parallel_size
-        elif isinstance(event, Controlled):
-            if policy is None:
-                present, revision, override = event
-        else:
-            state = state or initial_state(config.batch, data_parallel_size=ranks or event.data_parallel_size)
-            state, decision = decide(
-                present,
-                state,
-                event,
-                facts=config.facts,
-                policy_revision=revision,
-                follow_trainer=follow_trainer,
-                override=override,
-            )
-            known.append((event.optimizer_step, state))
-            decisions.append(decision)
-    return decisions
+            place = bisect_left(self._resume_steps, event.resume_step)
+            self._state = next((state for known, state in reversed(self._kept) if known <= place), None)
+            self._ranks = event.data_parallel_size
+            return None
+        if isinstance(event, Controlled):
+            if self._asked is None:
+                self._controlled = event
+            return None
+        ranks = self._ranks or event.data_parallel_size
+        self._state, decision = decide(
+            self._controlled.policy,
+            self._state or initial_state(self._config.batch, data_parallel_size=ranks),
+            event,
+            facts=self._config.facts,
+            policy_revision=self._controlled.policy_revision,
+            follow_trainer=self._follow_trainer,
+            override=self._controlled.override,
+        )
+        self._keep(event.optimizer_step, self._state)
+        return decision
+
+    def _keep(self, optimizer_step: int, state: PolicyState) -> None:
+        place = bisect_left(self._resume_steps, optimizer_step)
+        if place < len(self._resume_steps):
+            while self._kept and self._kept[-1][0] >= place:
+                self._kept.pop()
+            self._kept.append((place, state))
 
 
 class ReplayedRow(FrozenModel):
@@ -140,14 +174,39 @@ def compare(
         follow_trainer: as for `replay`.
         policy: as for `replay`.
     """
-    replayed = replay(config, events, follow_trainer=follow_trainer, policy=policy)
+    decisions = iter(recorded)
+    log = ((event, next(decisions, None) if isinstance(event, NoiseScaleMeasurement) else None) for event in events)
+    return compare_log(config, log, resume_steps=resume_steps(events), follow_trainer=follow_trainer, policy=policy)
+
+
+def compare_log(
+    config: RunSpecification,
+    log: Iterable[tuple[Event, Decision | None]],
+    *,
+    resume_steps: Iterable[int],
+    follow_trainer: bool = False,
+    policy: AnyPolicyConfig | None = None,
+) -> ReplayReport:
+    """The same for a log that is too long to hold: each event once, with the decision that was made, if any.
+
+    Args:
+        config: the run's specification.
+        log: events as for `replay`.
+        resume_steps: of every attempt in the log.
+        follow_trainer: as for `replay`.
+        policy: as for `replay`.
+    """
+    fold = _Fold(config, resume_steps=resume_steps, follow_trainer=follow_trainer, policy=policy)
     rows: list[ReplayedRow] = []
-    index = 0
-    for event in events:
+    num_compared = num_equal = 0
+    for event, before in log:
+        decision = fold.after(event)
         if isinstance(event, Resumed):
             rows = [row for row in rows if row.optimizer_step <= event.resume_step]
         elif isinstance(event, NoiseScaleMeasurement):
-            decision, before = replayed[index], recorded[index] if recorded else None
+            assert decision is not None
+            num_compared += before is not None
+            num_equal += before == decision
             rows.append(
                 ReplayedRow(
                     attempt=event.attempt,
@@ -161,14 +220,13 @@ def compare(
                     equal=None if before is None else before == decision,
                 )
             )
-            index += 1
     steps = _steps(config, rows)
     happened = rows[-1].optimizer_step if rows else 0
     return ReplayReport(
         policy=policy or config.policy,
         rows=tuple(rows),
-        num_compared=len(recorded),
-        num_equal=sum(before == after for before, after in zip(recorded, replayed, strict=False)),
+        num_compared=num_compared,
+        num_equal=num_equal,
         samples=rows[-1].samples_seen if rows else 0,
         happened_steps=happened,
         replayed_steps=steps,

@@ -26,16 +26,20 @@ _DESCRIPTIONS = {
     500: "A defect of the controller; its log has the request id.",
 }
 _FLOAT = {"anyOf": [{"type": "number"}, {"type": "string", "enum": ["NaN", "Infinity", "-Infinity"]}]}
-_MODELS_WITH_ODD_FLOATS = ("NoiseScaleMeasurement", "GroupReading")
+_MODELS_WITH_ODD_FLOATS = ("NoiseScaleMeasurement", "GroupReading", "ProgressPoint")
 _MAY_BE_ODD = (
     "noise",
     "signal",
     "progress",
+    "noise_standard_error",
+    "progress_standard_error",
+    "inner_product_variance",
     "ceiling_samples",
     "learning_rate",
     "schedule_factor",
     "step_seconds",
     "samples_per_second",
+    "measurement_seconds",
     "loss",
     "validation_loss",
 )
