@@ -32,7 +32,7 @@ def guarded(guards: Guards, situation: Situation, proposal: Proposal) -> Proposa
         return proposal
     wanted, reason, because = proposal.batch_size, proposal.reason, proposal.because
     if not math.isfinite(wanted):
-        return hold("hold_unresolved", f"{because}, which is no number", wish)
+        return hold("hold_unresolved", "what the rule asks for is no number", wish)
     wanted = min(max(wanted, 0.0), float(LARGEST_BATCH_SIZE))
 
     if wanted > current and _decays(guards, situation):

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gns_controller.core.contract import Span
+from gns_controller.core.errors import InvalidInputError
+from gns_controller.core.policies import NoiseScalePolicyConfig, Stage, StagesPolicyConfig
+from gns_controller.core.policies.documents import read_policy
+
+
+def test_json_and_toml_read_alike() -> None:
+    expected = NoiseScalePolicyConfig(noise_tolerance=2, warmup=Span(samples=1600), growth_cap=2.0)
+    document = {"policy": "noise_scale", "noise_tolerance": 2, "warmup": {"samples": 1600}, "growth_cap": 2}
+    assert read_policy(f"\n  {json.dumps(document)}") == expected
+    toml = 'policy = "noise_scale"\nnoise_tolerance = 2\ngrowth_cap = 2.0\n[warmup]\nsamples = 1600\n'
+    assert read_policy(toml) == expected
+    stages = 'policy = "stages"\n[[stages]]\nfrom_samples = 100\nglobal_batch_size = 32\n'
+    assert read_policy(stages) == StagesPolicyConfig(stages=(Stage(from_samples=100, global_batch_size=32),))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "no JSON document"),
+        ("policy = ", "no TOML document"),
+        ("", "policy"),
+        ("{}", "policy"),
+        ('{"policy": "fastest"}', "policy: .*noise_scale"),
+        ('{"policy": "noise_scale", "theta": 1}', "theta: Extra inputs"),
+        ('{"policy": "noise_scale", "noise_tolerance": 0, "growth_cap": 1}', "growth_cap: .*; noise_tolerance: "),
+        ('{"policy": "noise_scale", "growth_cap": NaN}', "growth_cap"),
+        ('{"policy": "stages", "stages": [{"from_samples": 1}]}', "stages.0: .*global_batch_size"),
+        ('{"policy": "linear_ramp", "global_batch_size": 8}', "exactly one of them"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, match: str) -> None:
+    with pytest.raises(InvalidInputError, match=match):
+        read_policy(text)
