@@ -20,7 +20,7 @@ from gns_controller.core.policies import initial_state, plan_for
 
 SETTINGS = (
     *("optimizer", "batch_size", "micro_batch_size", "budget_samples", "coupling", "beta_coupling"),
-    "min_sample_groups",
+    *("momentum", "min_sample_groups"),
     *("width", "layers", "heads", "context", "clip", "seed", "validation_samples", "corpus"),
 )
 """Options that make a run what it is; the learning rate is added as used."""

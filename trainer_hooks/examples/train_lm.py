@@ -53,6 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--controller", default=None, help="URL of the controller; without it the policy runs in this process")
     add("--optimizer", choices=sorted(DEFAULT_LEARNING_RATES), default="muon", help="muon: matrices; AdamW: the rest")
     add("--learning-rate", type=float, default=None, help="at --batch-size; default depends on the optimizer")
+    add("--momentum", type=float, default=None, help="of Muon or Signum; default: 0.95, 0.9")
     add("--batch-size", type=int, default=16, help="global batch at the start, samples per optimizer step")
     add("--micro-batch-size", type=int, default=64, help="most samples per rank per backward pass")
     add("--budget-samples", type=int, default=144_000, help="samples after which training ends")
@@ -138,6 +139,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     if options.measurement_interval_steps and options.measurement_interval_samples:
         parser.error("give --measurement-interval-steps or --measurement-interval-samples, not both.")
+    if options.momentum is not None and options.optimizer == "adamw":
+        parser.error("--momentum is for muon and signum; adamw has betas of its own.")
     if options.fully_shard and options.optimizer == "muon":
         parser.error("--fully-shard needs --optimizer adamw or signum: this Muon takes whole matrices.")
     if options.fully_shard and options.checkpoint:
@@ -159,16 +162,18 @@ def sample_counts(text: str) -> list[int]:
     return counts
 
 
-def build_optimizers(model: nn.Module, name: str, learning_rate: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, name: str, learning_rate: float, momentum: float | None = None
+) -> list[torch.optim.Optimizer]:
     """Muon on the blocks' matrices and AdamW on the rest; or one optimizer for all."""
     if name == "signum":
-        return [Signum(model.parameters(), lr=learning_rate, momentum=0.9)]
+        return [Signum(model.parameters(), lr=learning_rate, momentum=0.9 if momentum is None else momentum)]
     if name == "adamw":
         return [torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)]
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "blocks." in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "blocks." not in n]
     return [
-        Muon(hidden, lr=learning_rate),
+        Muon(hidden, lr=learning_rate, momentum=0.95 if momentum is None else momentum),
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
@@ -202,7 +207,7 @@ class Job:
             for block in llama.blocks:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
-        self.optimizers = build_optimizers(model, options.optimizer, self.learning_rate)
+        self.optimizers = build_optimizers(model, options.optimizer, self.learning_rate, options.momentum)
         self.plain_model: nn.Module = model
         if self.world_size > 1 and not options.fully_shard:
             model = DistributedDataParallel(model)
