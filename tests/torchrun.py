@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,3 +43,17 @@ def torchrun(
     )
     assert result.returncode in expect_status, f"{result.stdout[-4000:]}\n{result.stderr[-6000:]}"
     return result
+
+
+def end_rank() -> NoReturn:
+    """The end of a worker that has passed its last barrier: status 0 without the interpreter's own way out.
+
+    With gloo groups of torch 2.13 that way now and then aborts ("terminate called without an active exception"), about
+    once in ten runs, after everything has been said. Loops that end before this still fail.
+    """
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

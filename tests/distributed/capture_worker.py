@@ -28,6 +28,7 @@ from gns_controller.core.policies import (
     InnerProductTestPolicyConfig,
     NormTestPolicyConfig,
 )
+from tests.torchrun import end_rank
 from trainer_hooks import AdaptiveBatch
 from trainer_hooks.estimators import (
     choose_patterns,
@@ -349,7 +350,7 @@ def main() -> None:
     for name, case in cases.items():
         run_case(name, case)
         dist.barrier()
-    dist.destroy_process_group()
+    end_rank()
 
 
 main()

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gns_controller.core.contract import Span
 from gns_controller.core.policies import HoldPolicyConfig, Stage, StagesPolicyConfig
+from tests.torchrun import end_rank
 from trainer_hooks import AdaptiveBatch
 from trainer_hooks.capture import Fsdp2Capture, find_layout
 from trainer_hooks.capture.layout import local_tensor, parameter_groups_of
@@ -264,7 +265,7 @@ def main() -> None:
         dist.barrier()
         if dist.get_rank() == 0:
             print(f"PASSED {check.__name__}", flush=True)
-    dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gns_controller.core.contract import Span
 from gns_controller.core.errors import GnsError
 from gns_controller.core.policies import HoldPolicyConfig
+from tests.torchrun import end_rank
 from trainer_hooks import AdaptiveBatch
 from trainer_hooks.capture import ddp as capture_ddp
 
@@ -128,7 +129,7 @@ def main() -> None:
     for case in os.environ["CASES"].split(","):
         run_case(case)
         dist.barrier()
-    dist.destroy_process_group()
+    end_rank()
 
 
 main()
