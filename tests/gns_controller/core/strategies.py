@@ -62,6 +62,7 @@ averages = st.fixed_dictionaries(
         "estimator": st.sampled_from(["split", "rank_variance"]),
         "geometry": st.sampled_from(["euclidean", "spectral"]) | st.none(),
         "aggregation": st.sampled_from(get_args(Aggregation)),
+        "averaging": st.sampled_from(["exponential", "growing"]),
         "noise_beta": st.floats(0, 0.99),
         "signal_beta": st.floats(0, 0.99),
         "correct_few_groups": st.booleans(),
