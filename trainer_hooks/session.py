@@ -171,7 +171,7 @@ class AdaptiveBatch:
             budget_samples: samples after which training ends.
             controller: URL, or None to decide in this process.
             policy: its configuration, that as a mapping, or the path of a JSON or TOML file. Default: grow by the
-                split noise scale, after a warmup of 15 % of the budget.
+                split noise scale, see `NoiseScalePolicyConfig.recommended`.
             measurement_interval: distance between measured steps. Default: as the budget allows.
             measurement_budget: largest share of the run's time that measuring may take; the interval, the number of
                 sign patterns and, if need be, the measured layers follow from measured costs. Default 0.01, or no
@@ -237,7 +237,7 @@ class AdaptiveBatch:
             beta_coupling=beta_coupling,
             decision_delay_steps=decision_delay_steps,
         )
-        policy = policy or NoiseScalePolicyConfig(warmup=Span(samples=max(int(0.15 * budget_samples), 1)))
+        policy = policy or NoiseScalePolicyConfig.recommended(budget_samples=budget_samples)
         check_measurable(global_batch_size=global_batch_size, data_parallel_size=data_parallel.size)
         needs = needs_of(
             policy,

@@ -19,12 +19,9 @@ START_BATCH = 16
 LEARNING_RATES = {"muon": 0.016, "adamw": 0.008, "signum": 0.001}
 """Tuned at batch 16. Four times the batch takes twice the rate."""
 PUBLISHED_THETA = 0.8
-SPLIT_THETA = 2.0
-"""Calibrated on this job; another estimator needs another theta (docs/evidence/demo.md)."""
+"""Calibrated on this job (docs/evidence/demo.md)."""
 PUBLISHED_INTERVAL_STEPS = 25
 SPLIT_INTERVAL_STEPS = 10
-SPLIT_BETA = 0.96
-"""The split signal is noisier per measurement and needs more of them: an average over the same 250 steps."""
 NUM_RAMP_STAGES = 16
 
 
@@ -59,14 +56,7 @@ def closed_methods(optimizer: str, *, budget_samples: int) -> list[Method]:
     rate = LEARNING_RATES[optimizer]
     warmup = Span(samples=int(0.15 * budget_samples))
     published = NoiseScalePolicyConfig.published(noise_tolerance=PUBLISHED_THETA, warmup=warmup)
-    split = NoiseScalePolicyConfig(
-        noise_tolerance=SPLIT_THETA,
-        warmup=warmup,
-        noise_beta=SPLIT_BETA,
-        signal_beta=SPLIT_BETA,
-        growth_cap=2.0,
-        dwell=Span(samples=max(budget_samples // 48, 1)),
-    )
+    split = NoiseScalePolicyConfig.recommended(budget_samples=budget_samples)
     constant = HoldPolicyConfig()
     return [
         Method("constant", f"constant {START_BATCH}", START_BATCH, rate, constant),
@@ -74,7 +64,7 @@ def closed_methods(optimizer: str, *, budget_samples: int) -> list[Method]:
         Method("published", f"published rule (theta {PUBLISHED_THETA:g})", START_BATCH, rate, published),
         Method(
             "split",
-            f"split rule (theta {SPLIT_THETA:g})",
+            f"split rule (theta {split.noise_tolerance:g})",
             START_BATCH,
             rate,
             split,

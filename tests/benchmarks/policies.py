@@ -94,18 +94,8 @@ def samples(share: float) -> Span:
     return Span(samples=max(int(share * BUDGET), 1))
 
 
-DEFAULT = NoiseScalePolicyConfig(
-    noise_tolerance=2.0,
-    bound="low",
-    averaging="growing",
-    noise_beta=0.93,
-    signal_beta=0.93,
-    warmup=samples(1 / 20),
-    dwell=samples(1 / 48),
-    growth_cap=2.0,
-    decay="freeze",
-)
-"""The rule on the split estimator; `no_sweep_regret_nats` is of this one."""
+DEFAULT = NoiseScalePolicyConfig.recommended(budget_samples=BUDGET)
+"""What `attach` does unless told otherwise; `no_sweep_regret_nats` is of this one."""
 
 
 def adaptive(base: int) -> dict[str, AnyPolicyConfig]:
