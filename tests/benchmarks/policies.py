@@ -66,7 +66,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "muon": Setting(0.9, {8: 0.0113, 16: 0.0226, 32: 0.032, 64: 0.045, 128: 0.064, 256: 0.09}, 32),
+    "muon": Setting(0.9, {8: 0.016, 16: 0.0226, 32: 0.045, 64: 0.045, 128: 0.09, 256: 0.064}, 32),
     "signum": Setting(0.8, {8: 0.002, 16: 0.0028, 32: 0.004, 64: 0.0056, 128: 0.0056, 256: 0.0056}, 32),
 }
 TUNED_OVER = {
@@ -104,6 +104,7 @@ def adaptive(base: int) -> dict[str, AnyPolicyConfig]:
         "published": NoiseScalePolicyConfig.published(noise_tolerance=0.8, warmup=samples(0.15)),
         "split": DEFAULT,
         "split, theta 1.4": DEFAULT.model_copy(update={"noise_tolerance": 1.4}),
+        "split, theta 1": DEFAULT.model_copy(update={"noise_tolerance": 1.0}),
         "progress": ProgressPolicyConfig(
             averaging="growing",
             signal_beta=0.93,
