@@ -14,7 +14,7 @@ import pytest
 from gns_controller.core.batch_arithmetic import LearningRateCoupling
 from gns_controller.core.contract import Reason
 from gns_controller.core.coupling import DEFAULT_COUPLINGS
-from gns_controller.core.policies import AnyPolicyConfig
+from gns_controller.core.policies import AnyPolicyConfig, NoiseScalePolicyConfig
 from gns_controller.core.policies.documents import read_policy
 from gns_controller.core.policies.frame import Guards, PolicyConfig
 
@@ -99,3 +99,8 @@ def test_every_link_within_the_page_leads_somewhere() -> None:
         for title in re.findall(r"^#{1,3} (.*)$", PAGE, re.MULTILINE)
     }
     assert set(re.findall(r"\]\(#([^)]+)\)", PAGE)) <= anchors
+
+
+def test_the_recommended_policy_is_the_one_on_the_page() -> None:
+    examples = [read_policy(text) for text in re.findall(r"```json\n(.*?)```", section("`noise_scale`"), re.DOTALL)]
+    assert NoiseScalePolicyConfig.recommended(budget_samples=1_000_000) in examples
