@@ -113,7 +113,7 @@ def observe(config: PolicyConfig, state: PolicyState, measurement: NoiseScaleMea
     learned["groups"] = groups
     learned["num_measurements"] = state.num_measurements + 1
     if followed.progress_curve:
-        learned["curve"] = _averaged_curve(config, state.curve, followed)
+        learned["curve"] = _averaged_curve(config, state.curve if _goes_on(config, state, followed) else (), followed)
     return state.model_copy(update=learned), "hold"
 
 
@@ -142,6 +142,13 @@ def _timed(timings: tuple[StepTiming, ...], batch_size: int, seconds: float) -> 
             return (*timings[:index], timing, *timings[index + 1 :])
     timing = StepTiming(global_batch_size=batch_size, step_seconds=seconds, num_reports=1)
     return tuple(sorted([*timings, timing], key=lambda kept: kept.global_batch_size)[:_MAX_TIMINGS])
+
+
+def _goes_on(config: PolicyConfig, state: PolicyState, followed: GroupReading) -> bool:
+    """Whether the curve so far is of this quantity: "max" may follow another group than before."""
+    return state.smoothed is not None and state.smoothed.continues_with(
+        followed, corrected=config.correct_few_groups, growing=config.averaging == "growing"
+    )
 
 
 def _averaged(config: PolicyConfig, before: SmoothedNoiseScale | None, reading: GroupReading) -> SmoothedNoiseScale:

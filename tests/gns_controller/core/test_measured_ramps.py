@@ -395,6 +395,19 @@ def test_a_new_batch_begins_a_new_curve_so_that_growth_waits_for_what_is_seen_th
     assert [d.reason for d in found[5:7]] == ["hold_no_reading"] * 2
 
 
+def test_a_curve_begins_anew_where_another_group_is_followed() -> None:
+    # "max" goes from a noisy group (e = 1/2, progress 100) to a noiseless one: nothing of the first is left.
+    noisy = [ProgressPoint(samples=4, progress=100.0), ProgressPoint(samples=8, progress=141.4)]
+    flat = [ProgressPoint(samples=4, progress=1.0), ProgressPoint(samples=8, progress=1.0)]
+    other = reading(noise_scale=50, estimator="split", progress_curve=flat, group="other")
+    run = [
+        measurement(k, reading(noise_scale=100 if k < 4 else 1e-3, estimator="split", progress_curve=noisy), other)
+        for k in range(1, 100)
+    ]
+    policy = ProgressPolicyConfig(aggregation="max", standard_errors=0, noise_beta=0.5)
+    assert {d.plan.global_batch_size for d in decisions(policy, run)} == {16}
+
+
 def test_odd_curves_leave_the_policy_standing() -> None:
     inf, nan = math.inf, math.nan
     good = curve(1e6, 4, 8)
