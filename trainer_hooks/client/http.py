@@ -154,7 +154,11 @@ class HttpController:
 
     def report(self, measurement: NoiseScaleMeasurement) -> None:
         """Fold locally, hand over to the sender."""
-        self._local.report(measurement)
+        try:
+            self._local.report(measurement)
+        except Exception:
+            # A policy with extreme numbers costs this process its decision; the measurement goes its way all the same.
+            logger.exception("no local decision: run_id=%s optimizer_step=%d", self._run_id, measurement.optimizer_step)
         with self._changed:
             self._unspooled.append(measurement)
             self._changed.notify_all()

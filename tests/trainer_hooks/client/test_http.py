@@ -18,7 +18,7 @@ from gns_controller.core.policies import NoiseScalePolicyConfig, initial_state
 from gns_controller.core.runs import Registration, RunSpecification
 from tests.gns_controller.core.measurements import measurement, reading
 from tests.gns_controller.service import Service
-from trainer_hooks.client import HttpController
+from trainer_hooks.client import HttpController, Orders
 
 
 class Wire(httpx.BaseTransport):
@@ -196,6 +196,18 @@ def test_one_measurement_that_the_service_cannot_take_does_not_hold_up_the_other
     [rejected] = (tmp_path / "spool" / "run").iterdir()
     assert rejected.suffix == ".rejected"
     assert json.loads(rejected.read_text())["optimizer_step"] == 200
+
+
+def test_a_measurement_that_the_local_policy_cannot_decide_is_reported_all_the_same(
+    service: Any, tmp_path: Path
+) -> None:
+    client = client_for(Wire(service.transport), tmp_path)
+    client.wait_registered(deadline_seconds=10)
+    # theta^2 is 0 in float64: an operator's word that this process has learnt and the controller has taken back since
+    client._local.orders = Orders(NoiseScalePolicyConfig.published(noise_tolerance=1e-200), 1)
+    client.report(measurement(100, reading(noise_scale=8.0)))
+    client.close(deadline_seconds=10)
+    assert steps_stored(service) == [(0, 100)]
 
 
 def test_a_disk_that_cannot_be_written_costs_durability_not_training(service: Any, tmp_path: Path) -> None:
