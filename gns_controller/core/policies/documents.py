@@ -22,7 +22,7 @@ def read_policy(text: str) -> AnyPolicyConfig:
     is_json = text.lstrip().startswith("{")
     try:
         document = json.loads(text) if is_json else tomllib.loads(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # besides its own faults: too many digits, nested too deeply
         kind = "JSON" if is_json else "TOML"
         raise InvalidInputError(f"the policy is no {kind} document: {error}.") from None
     try:
