@@ -103,7 +103,7 @@ def adaptive(base: int) -> dict[str, AnyPolicyConfig]:
     return {
         "published": NoiseScalePolicyConfig.published(noise_tolerance=0.8, warmup=samples(0.15)),
         "split": DEFAULT,
-        "split, theta 1.4": DEFAULT.model_copy(update={"noise_tolerance": 1.4}),
+        "split, theta 2": DEFAULT.model_copy(update={"noise_tolerance": 2.0}),
         "split, theta 1": DEFAULT.model_copy(update={"noise_tolerance": 1.0}),
         "progress": ProgressPolicyConfig(
             averaging="growing",
