@@ -17,6 +17,7 @@ from gns_controller.core.errors import InvalidInputError, TooFewGroupsError
 from gns_controller.core.policies import AnyPolicyConfig, PolicyState, initial_state, plan_for
 from gns_controller.core.policies.documents import read_policy
 from gns_controller.core.policies.frame import PolicyConfig
+from trainer_hooks.collectives import RankGroup
 from trainer_hooks.estimators.spectral import SpectralNorms
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,27 @@ def as_policy(policy: PolicyGiven | None) -> AnyPolicyConfig | None:
         where = ".".join(str(part) for part in first["loc"])
         raise InvalidInputError(f"policy={policy!r}: {where}: {first['msg']}.") from None
     return found
+
+
+def agreed_policy(policy: PolicyGiven | None, ranks: RankGroup) -> AnyPolicyConfig | None:
+    """Rank 0's policy on every rank: its file may be another one by the time that another rank would read it.
+
+    Call it on every rank; only rank 0 looks at its argument.
+
+    Raises:
+        InvalidInputError: as `as_policy` on rank 0, the same on every rank.
+    """
+    document, problem = None, None
+    if ranks.rank == 0:
+        try:
+            found = as_policy(policy)
+            document = None if found is None else found.model_dump_json()
+        except Exception as error:  # whatever it is, the other ranks wait in the broadcast below
+            problem = str(error) or type(error).__name__
+    document, problem = ranks.broadcast_object((document, problem))
+    if problem is not None:
+        raise InvalidInputError(problem)
+    return None if document is None else read_policy(document)
 
 
 def check_state(state: Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:

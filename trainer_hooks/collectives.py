@@ -52,6 +52,15 @@ class RankGroup:
         dist.all_gather_object(gathered, item, group=self.process_group)
         return gathered
 
+    def broadcast_object(self, item: Any) -> Any:
+        """Rank 0's small picklable object, on every rank; the others' is ignored. For attach, not for steps."""
+        if self.size == 1:
+            return item
+        found = [item if self.rank == 0 else None]
+        source = dist.get_global_rank(self.process_group, 0) if self.process_group is not None else 0
+        dist.broadcast_object_list(found, src=source, group=self.process_group)
+        return found[0]
+
     def gather_rows(self, row: Tensor) -> Tensor:
         """(size, *row.shape): everybody's tensor of one shape, on every rank."""
         if self.size == 1:

@@ -39,7 +39,7 @@ from trainer_hooks.capture import DEFAULT_EXCLUDE, Layout, MeasuredGroup, find_g
 from trainer_hooks.checks import (
     STATE_VERSION,
     PolicyGiven,
-    as_policy,
+    agreed_policy,
     check_measurable,
     check_measuring,
     check_names,
@@ -170,8 +170,8 @@ class AdaptiveBatch:
             micro_batch_size: most samples per rank per backward pass.
             budget_samples: samples after which training ends.
             controller: URL, or None to decide in this process.
-            policy: its configuration, that as a mapping, or the path of a JSON or TOML file. Default: grow by the
-                split noise scale, see `NoiseScalePolicyConfig.recommended`.
+            policy: its configuration, that as a mapping, or the path of a JSON or TOML file. Rank 0's counts. Default:
+                grow by the split noise scale, see `NoiseScalePolicyConfig.recommended`.
             measurement_interval: distance between measured steps. Default: as the budget allows.
             measurement_budget: largest share of the run's time that measuring may take; the interval, the number of
                 sign patterns and, if need be, the measured layers follow from measured costs. Default 0.01, or no
@@ -219,12 +219,12 @@ class AdaptiveBatch:
             RunConflictError: the controller knows this run with another specification.
             InvalidInputError: anything else that cannot be.
         """
-        policy = as_policy(policy)
+        layout = find_layout(model, process_group)
+        policy = agreed_policy(policy, layout.ranks)
         check_names(run, estimators or [], directions or [], policy)
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         if state is not None:
             check_state(state, optimizers)
-        layout = find_layout(model, process_group)
         data_parallel = layout.data_parallel
         groups = find_groups(model, optimizers, geometries=geometries, exclude=exclude)
         coupling, optimizer_couplings = find_couplings(learning_rate_coupling, optimizers)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from gns_controller.core.contract import Span
+from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import HoldPolicyConfig, Stage, StagesPolicyConfig
 from tests.torchrun import end_rank
 from trainer_hooks import AdaptiveBatch
@@ -244,6 +248,28 @@ def every_rank_sets_the_same_rates_and_betas() -> None:
     assert all(math.isclose(a, b) for a, b in zip(settings, (0.4, 2e-3, 0.6561, 0.81450625), strict=True)), seen
 
 
+def every_rank_follows_the_policy_that_rank_0_read() -> None:
+    """A file that changed, or went away, between the ranks' starts; and one that rank 0 alone cannot read."""
+    rank = dist.get_rank()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "policy.json")  # of this rank alone
+        path.write_text(HoldPolicyConfig(estimator=("split", "rank_variance")[rank]).model_dump_json())
+        for given in (path, path if rank == 0 else path.with_name("gone.json")):
+            model = DistributedDataParallel(Block(), find_unused_parameters=True)
+            session = attach(model, policy=given)
+            assert session.specification.policy == HoldPolicyConfig(estimator="split")
+            backward(session, model)
+            assert [reading.estimator for reading in session.measure()] == ["split"]
+            session.advance(num_samples=8)
+        gathered: list[Any] = [None] * dist.get_world_size()
+        for broken in ("/nowhere/policy.json", {"policy": "unheard_of"}, 3):
+            with pytest.raises(InvalidInputError) as caught:
+                attach(model, policy=broken if rank == 0 else path)
+            dist.all_gather_object(gathered, str(caught.value))
+            assert gathered[0] == gathered[1]
+            assert "policy" in gathered[0]
+
+
 CHECKS: list[Callable[[], None]] = [
     clips_tensor_parallel_gradients,
     clips_gradients_on_two_meshes,
@@ -254,6 +280,7 @@ CHECKS: list[Callable[[], None]] = [
     the_self_test_leaves_ddp_its_bucket_order,
     the_self_test_leaves_synchronisation_flags_as_they_were,
     every_rank_sets_the_same_rates_and_betas,
+    every_rank_follows_the_policy_that_rank_0_read,
 ]
 
 
