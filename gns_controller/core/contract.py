@@ -148,6 +148,8 @@ class GroupReading(FrozenModel):
     samples_per_group: Annotated[float, Field(gt=0)]
     """Mean over the groups."""
     learning_rate: float
+    repeats: Label | None = None
+    """The group whose parameters are measured here once more, in another norm than their own."""
 
     @model_validator(mode="after")
     def _what_belongs_to_split(self) -> Self:

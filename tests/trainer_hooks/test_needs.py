@@ -111,6 +111,7 @@ def test_a_euclidean_policy_reads_the_l2_norm_of_groups_that_are_measured_in_the
     second = trained(session, steps=3)[1]
     both = {reading.group: reading for reading in second if reading.estimator == "rank_variance"}
     assert [both[name].geometry for name, _ in described] == [geometry for _, geometry in described]
+    assert [both[name].repeats for name, _ in described] == [None, None, "matrices", "others"]
     # One matrix as a vector: the nuclear norm is at least the l2 norm, the l1 norm at least that.
     assert both["others, euclidean"].signal < both["others"].signal
     assert both["matrices, euclidean"].signal < both["matrices"].signal

@@ -223,7 +223,10 @@ class Columns:
         found = self._block_readings(row[: self._block], group, counts)
         if self._also_euclidean and group.geometry != "euclidean":
             twin = group.in_the_euclidean_norm()
-            found += self._block_readings(row[self._block : self._additive], twin, counts)
+            found += [
+                reading.model_copy(update={"repeats": group.name})
+                for reading in self._block_readings(row[self._block : self._additive], twin, counts)
+            ]
         if not self._has_inner_products:
             return found
         variance = inner_product_variance(

@@ -79,6 +79,8 @@ def followed_readings(config: PolicyConfig, measurement: NoiseScaleMeasurement) 
             continue
         if config.geometry is not None and reading.geometry != config.geometry:
             continue
+        if config.geometry is None and reading.repeats is not None:
+            continue  # the same parameters in their own norm are here as well
         found.append(reading.corrected_for_few_groups() if config.correct_few_groups else reading)
         if config.aggregation == "matrices_only":
             break

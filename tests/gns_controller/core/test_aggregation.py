@@ -167,6 +167,36 @@ def test_a_policy_follows_the_readings_it_was_told_to(aggregation: Aggregation, 
     assert decision.noise_sq == pytest.approx(noise_sq)
 
 
+@pytest.mark.parametrize(
+    ("aggregation", "geometry", "noise_sq"),
+    [
+        ("sum_of_norms", None, 49.0),
+        ("learning_rate_weighted", None, 100 / 9),
+        ("max", None, 9.0),
+        ("matrices_only", "euclidean", 6.25),
+        ("sum_of_norms", "euclidean", 12.25),
+    ],
+)
+def test_parameters_that_are_measured_in_two_norms_count_once(
+    aggregation: Aggregation, geometry: Any, noise_sq: float
+) -> None:
+    def repeated(one: GroupReading, **changes: Any) -> GroupReading:
+        return part(group=f"{one.group}, euclidean", geometry="euclidean", repeats=one.group, **changes)
+
+    twins = [repeated(MATRICES, noise=2.5, signal=0.01, progress=0.01), repeated(REST, noise=1.0)]
+    config = HoldPolicyConfig(aggregation=aggregation, geometry=geometry)
+    [decision] = follow(config, measurement(1, MATRICES, twins[0], REST, twins[1]))
+    assert decision.noise_sq == pytest.approx(noise_sq)
+
+
+def test_readings_stored_before_repetitions_were_marked_all_count() -> None:
+    stored = part(group="matrices, euclidean", geometry="euclidean", noise=3.0).model_dump(exclude={"repeats"})
+    [decision] = follow(
+        HoldPolicyConfig(aggregation="sum_of_norms"), measurement(1, MATRICES, REST, GroupReading(**stored))
+    )
+    assert decision.noise_sq == pytest.approx(100.0)
+
+
 def test_a_policy_may_follow_the_update_instead_of_the_gradient() -> None:
     update = MATRICES.model_copy(update={"direction": "update", "noise": 1.5})
     [decision] = follow(HoldPolicyConfig(direction="update"), measurement(1, MATRICES, update))
