@@ -169,9 +169,11 @@ def _averaged_curve(
         return before
     points = [ProgressPoint(samples=samples, progress=found[samples]) for samples in sorted(found)]
     is_finite = all(abs(point.progress) < _LARGEST_AVERAGED for point in points)
-    if [point.samples for point in points] != [average.samples for average in before]:
+    growing = config.averaging == "growing"
+    same_kind = all((average.progress.last is not None) == growing for average in before)
+    if not same_kind or [point.samples for point in points] != [average.samples for average in before]:
         return tuple(
-            ProgressAverage(samples=point.samples, progress=SignedAverage(mean=point.progress))
+            ProgressAverage(samples=point.samples, progress=SignedAverage.started_by(point.progress, growing=growing))
             for point in points
             if is_finite
         )

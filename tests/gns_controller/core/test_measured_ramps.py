@@ -408,6 +408,36 @@ def test_a_curve_begins_anew_where_another_group_is_followed() -> None:
     assert {d.plan.global_batch_size for d in decisions(policy, run)} == {16}
 
 
+def test_growing_averages_forget_early_progress() -> None:
+    # Flat at first (e = 0), then N = 100 (e = 0.47). With weights 4 / (n + 3) the first five of 60 values keep a share
+    # of (5 6 7 8) / (60 61 62 63) = 1e-4; with beta = 0.99 they keep 0.99^55 = 0.58.
+    run = [curve(1e-6, 4, 8)] * 5 + [curve(100, 4, 8)] * 55
+    growing, exponential = (
+        progressing(run, averaging=averaging, signal_beta=0.99) for averaging in ("growing", "exponential")
+    )
+    assert growing[4].reason == "hold_below_deadband"
+    assert "grow" in {decision.reason for decision in growing[5:]}
+    assert {decision.plan.global_batch_size for decision in exponential} == {16}
+
+
+def test_a_curve_of_the_other_kind_of_average_begins_anew() -> None:
+    # Stored while curves were exponential beside growing averages of noise and signal.
+    rules = BatchRules(global_batch_size=16, micro_batch_size=32)
+    state = initial_state(rules, data_parallel_size=2)
+    config = ProgressPolicyConfig(averaging="growing")
+    found = reading(noise_scale=1, estimator="split", progress_curve=curve(1, 4, 8))
+    counts = []
+    for step in range(1, 6):
+        if step == 4:
+            old = tuple(
+                average.model_copy(update={"progress": SignedAverage(mean=9.0, count=3)}) for average in state.curve
+            )
+            state = state.model_copy(update={"curve": old})
+        state, _ = decide(config, state, measurement(step, found), facts=RunFacts(rules))
+        counts.append([average.progress.count for average in state.curve])
+    assert counts == [[1, 1], [2, 2], [3, 3], [1, 1], [2, 2]]
+
+
 def test_odd_curves_leave_the_policy_standing() -> None:
     inf, nan = math.inf, math.nan
     good = curve(1e6, 4, 8)
