@@ -14,10 +14,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gns_controller.metrics import Metrics
-from gns_controller.settings import Settings
+from gns_controller.settings import Settings, is_loopback
 from gns_controller.tokens import is_accepted
 from gns_controller.web.problems import (
     BODY_TOO_LARGE,
+    FOREIGN_ORIGIN,
     INTERNAL_ERROR,
     UNAUTHORIZED,
     ProblemError,
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 _SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OPEN_PATHS = ("/livez", "/readyz", "/startupz", "/")
 _OPEN_FOLDERS = ("/static/", "/runs/")
+_READING_METHODS = ("GET", "HEAD")
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 SECURITY_HEADERS = {
@@ -101,9 +103,27 @@ class Gate:
                 "Send Authorization: Bearer <token>, with a token that this controller knows.",
                 headers={"WWW-Authenticate": 'Bearer realm="gns-controller"'},
             )
+        if not hashes and scope["method"] not in _READING_METHODS:
+            self._refuse_foreign(host=headers.get("host", "").lower(), origin=headers.get("origin"))
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._settings.max_body_bytes:
             raise self._too_large()
+
+    def _refuse_foreign(self, *, host: str, origin: str | None) -> None:
+        """Without tokens a page of any site could write through the browser, under its name or one that it rebinds."""
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        if name and name != self._settings.host.lower() and not is_loopback(name):
+            raise ProblemError(
+                FOREIGN_ORIGIN,
+                "A controller without tokens is written to as localhost, 127.0.0.1 or [::1] only, and the Host header "
+                "names another. Use one of these, or set GNS_TOKEN_HASHES.",
+            )
+        if origin is not None and origin.lower().partition("://")[2] != host:
+            raise ProblemError(
+                FOREIGN_ORIGIN,
+                "A controller without tokens is not written to by pages of another origin. Use its own page, or set "
+                "GNS_TOKEN_HASHES.",
+            )
 
     def _limited(self, receive: Receive) -> Receive:
         """Count the body as it arrives: a chunked one does not say its length."""

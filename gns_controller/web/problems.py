@@ -46,6 +46,7 @@ class ProblemType(NamedTuple):
 
 MALFORMED_JSON = ProblemType("malformed-json", 400, "The body is not JSON")
 UNAUTHORIZED = ProblemType("unauthorized", 401, "A bearer token is needed")
+FOREIGN_ORIGIN = ProblemType("foreign-origin", 403, "The request belongs to another site")
 NOT_FOUND = ProblemType("not-found", 404, "There is nothing at this address")
 UNKNOWN_RUN = ProblemType("unknown-run", 404, "No run has this name")
 NO_OVERRIDE = ProblemType("no-override", 404, "There is nothing to release")
@@ -68,6 +69,7 @@ STOPPING = ProblemType("stopping", 503, "The controller is shutting down")
 PROBLEM_TYPES = (
     MALFORMED_JSON,
     UNAUTHORIZED,
+    FOREIGN_ORIGIN,
     NOT_FOUND,
     UNKNOWN_RUN,
     NO_OVERRIDE,

@@ -90,7 +90,7 @@ class Service:
         self.metrics.watch(self.controller.live_runs, num_queued=self.controller.num_queued)
         self.app = create_app(self.controller, self.settings, self.metrics)
         self.transport = _InProcess(self.app)
-        self.client = httpx.Client(transport=self.transport, base_url="http://controller", timeout=20.0)
+        self.client = httpx.Client(transport=self.transport, base_url="http://127.0.0.1:8000", timeout=20.0)
 
     def close(self) -> None:
         self.client.close()

@@ -214,3 +214,35 @@ def test_the_page_may_load_nothing_from_elsewhere_and_is_asked_about_each_time(s
 @pytest.mark.parametrize("path", ["/static/../app.py", "/static/%2e%2e/app.py", "/static/nothing.js", "/static/"])
 def test_static_files_are_those_of_the_page_only(service: Service, path: str) -> None:
     assert slug_of(service.client.get(path)) == "not-found"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"},
+        {"Host": "localhost.evil.example"},
+        {"Host": "192.0.2.7:8000"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "http://127.0.0.1:3000"},
+        {"Origin": "null"},
+    ],
+)
+def test_without_tokens_no_page_of_another_site_writes(service: Service, headers: dict[str, str]) -> None:
+    service.register()
+    override = {"kind": "pin", "global_batch_size": 32}
+    response = service.client.post(f"{URL}/override", json=override, headers={"If-Match": "*", **headers})
+    assert slug_of(response) == "foreign-origin"
+    assert service.client.get(f"{URL}/policy", headers=headers).json()["override"] is None
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "127.1.2.3", "LOCALHOST:80", "[::1]:8000", "[::1]"])
+def test_this_machine_writes_without_tokens_under_each_of_its_names(service: Service, host: str) -> None:
+    for headers in ({"Host": host}, {"Host": host, "Origin": f"http://{host.lower()}"}):
+        assert service.client.put(URL, json=registration(), headers=headers).is_success
+
+
+def test_a_token_writes_under_any_host(make_service: Callable[..., Service]) -> None:
+    service = make_service(token_hashes=(hashlib.sha256(b"secret").hexdigest(),))
+    headers = {"Host": "gns.example", "Origin": "https://gns.example", "Authorization": "Bearer secret"}
+    assert service.client.put(URL, json=registration(), headers=headers).status_code == 201

@@ -56,7 +56,7 @@ def service(tmp_path: Path) -> Any:
 def client_for(wire: Wire, tmp_path: Path, *, incarnation: str = "first-incarnation", **changes: Any) -> HttpController:
     asked = changes.pop("specification", specification())
     return HttpController(
-        url="http://controller",
+        url="http://127.0.0.1:8000",
         run_id="run",
         registration=Registration(specification=asked, incarnation=incarnation),
         state=initial_state(asked.batch, data_parallel_size=2),
