@@ -71,7 +71,7 @@ class PolicyConfig(Guards):
     direction: Direction = "gradient"
     """Follow readings of the gradient, or of the update that momentum makes of it."""
     geometry: Geometry | None = None
-    """Follow readings of this geometry only; None: any."""
+    """Follow readings of this geometry only; None: any, each group in its own."""
     aggregation: Aggregation = "matrices_only"
     """What becomes of several matching readings. matrices_only takes the first, which is the optimizer's matrices."""
     correct_few_groups: bool = False
