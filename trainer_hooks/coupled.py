@@ -17,7 +17,7 @@ from gns_controller.core.batch_arithmetic import LearningRateCoupling
 from gns_controller.core.contract import BatchPlan, Geometry
 from gns_controller.core.coupling import default_couplings
 from gns_controller.core.errors import CouplingError, InvalidInputError
-from gns_controller.core.policies import AnyPolicyConfig, RunFacts, check_policy
+from gns_controller.core.policies import AnyPolicyConfig, RunFacts, check_gains, check_policy
 
 _LARGEST_BETA = math.nextafter(1.0, 0.0)
 
@@ -73,13 +73,7 @@ def check_couplings(policy: AnyPolicyConfig, facts: RunFacts, geometries: Sequen
         InvalidInputError: the policy cannot steer this run.
     """
     check_policy(policy, facts)
-    used = {facts.rules.learning_rate_coupling, *facts.rules.optimizer_couplings.values()}
-    followed = set(geometries) if policy.geometry is None else {policy.geometry}
-    if "adascale" in used and followed != {"euclidean"}:
-        raise CouplingError(
-            "adascale is a gain in the euclidean norm, and the policy follows readings in the geometry "
-            f"{' and '.join(sorted(followed))}. Use 'adamscale', or a policy with geometry='euclidean'."
-        )
+    check_gains(policy, facts, geometries)
 
 
 class CoupledOptimizers:

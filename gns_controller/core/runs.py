@@ -22,7 +22,14 @@ from gns_controller.core.contract import (
     RunId,
     Span,
 )
-from gns_controller.core.policies import AnyPolicyConfig, HoldPolicyConfig, RunFacts, check_policy, initial_plan
+from gns_controller.core.policies import (
+    AnyPolicyConfig,
+    HoldPolicyConfig,
+    RunFacts,
+    check_gains,
+    check_policy,
+    initial_plan,
+)
 from gns_controller.core.projection import Projection, Savings
 
 RunState = Literal["registered", "running", "silent", "finished"]
@@ -34,7 +41,7 @@ ControlAction = Literal["policy", "override", "release"]
 
 
 class RunSpecification(FrozenModel):
-    """What a run is: fixed for all its attempts. Registering the same name with another one is a conflict."""
+    """What a run is: fixed for all attempts, but for ranks and schedule. The same name with another is a conflict."""
 
     batch: BatchRules
     data_parallel_size: PositiveCount
@@ -54,7 +61,8 @@ class RunSpecification(FrozenModel):
     """shadow: decide and record, change nothing."""
     description: Annotated[str, Field(max_length=2000)] = ""
     schedule: Annotated[tuple[FiniteFloat, ...], Field(max_length=1024)] = ()
-    """For projections: learning-rate factors at evenly spaced points of the budget, its two ends included."""
+    """For projections: learning-rate factors at evenly spaced points of the budget, its two ends included. May differ
+    between attempts; the newest one's stands."""
 
     @model_validator(mode="after")
     def _reachable_and_measurable(self) -> Self:
@@ -67,6 +75,7 @@ class RunSpecification(FrozenModel):
                 f"the policy follows geometry {wanted!r}, and no parameter group has it; "
                 f"groups have {', '.join(sorted(set(geometries)))}."
             )
+        check_gains(self.policy, self.facts, geometries)
         return self
 
     @property

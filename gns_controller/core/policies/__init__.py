@@ -7,14 +7,14 @@ The service, the trainer and replay call this one function on the same ordered m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from gns_controller.core.batch_arithmetic import BatchRules
-from gns_controller.core.contract import Decision, NoiseScaleMeasurement, Override, Reason
-from gns_controller.core.errors import InvalidInputError
+from gns_controller.core.contract import Decision, Geometry, NoiseScaleMeasurement, Override, Reason
+from gns_controller.core.errors import CouplingError, InvalidInputError
 from gns_controller.core.policies import (
     critical_batch_table,
     decay_to_ramp,
@@ -63,6 +63,7 @@ __all__ = [
     "RunFacts",
     "Stage",
     "StagesPolicyConfig",
+    "check_gains",
     "check_policy",
     "decide",
     "initial_plan",
@@ -128,6 +129,14 @@ def check_policy(config: AnyPolicyConfig, facts: RunFacts) -> None:
     least, most = config.minimum_batch_size, config.maximum_batch_size
     if least is not None and most is not None and least > most:
         raise InvalidInputError("minimum_batch_size is above maximum_batch_size: no batch is left.")
+    if isinstance(config, DecayToRampPolicyConfig) and config.decay != "follow":
+        first = 1.0 if config.alpha is None else 1 / config.alpha
+        if first < config.decay_below or config.decay_below == 1:
+            raise InvalidInputError(
+                f"decay_to_ramp grows from {first:.3g} of the peak rate down, and decay={config.decay!r} takes "
+                f"growth back below {config.decay_below:g} of it: it would never ramp. Use decay='follow', with a "
+                "maximum_batch_size, or a lower decay_below."
+            )
     couplings = {"learning_rate_coupling": facts.rules.learning_rate_coupling}
     couplings |= {f"optimizer_couplings[{name!r}]": rule for name, rule in facts.rules.optimizer_couplings.items()}
     for where, coupling in couplings.items():
@@ -139,6 +148,27 @@ def check_policy(config: AnyPolicyConfig, facts: RunFacts) -> None:
                 )
         elif coupling == "seesaw":
             raise InvalidInputError(f"{where}='seesaw' belongs to the policy decay_to_ramp; other ramps want 'sqrt'.")
+
+
+def check_gains(config: AnyPolicyConfig, facts: RunFacts, geometries: Collection[Geometry]) -> None:
+    """Whether the gain of a coupling is made for the noise scale that this policy follows.
+
+    Args:
+        config: that steers the run.
+        facts: of the run.
+        geometries: of its parameter groups, where they are known.
+
+    Raises:
+        CouplingError: adascale by a noise scale that is not the euclidean one.
+    """
+    used = {facts.rules.learning_rate_coupling, *facts.rules.optimizer_couplings.values()}
+    followed = set(geometries) if config.geometry is None else {config.geometry}
+    if "adascale" in used and followed != {"euclidean"}:
+        raise CouplingError(
+            "adascale is a gain in the euclidean norm, and the policy follows readings in the geometry "
+            f"{' and '.join(sorted(followed)) or 'of any group'}. Use 'adamscale', or a policy with "
+            "geometry='euclidean'."
+        )
 
 
 def decide(

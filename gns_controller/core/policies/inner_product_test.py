@@ -23,9 +23,9 @@ class InnerProductTestPolicyConfig(PolicyConfig):
     """Both tests, on each reading as it comes."""
 
     policy: Literal["inner_product_test"] = "inner_product_test"
-    theta: Annotated[float, Field(gt=0, le=100)] = 0.9
+    theta: Annotated[float, Field(ge=1e-6, le=100)] = 0.9
     """Of the inner-product test."""
-    nu: Annotated[float, Field(gt=0, le=1000)] = 5.84
+    nu: Annotated[float, Field(ge=1e-6, le=1000)] = 5.84
     """Of the orthogonality test."""
     estimator: Literal["rank_variance"] = "rank_variance"
     geometry: Geometry | None = "euclidean"

@@ -24,7 +24,7 @@ class NoiseScalePolicyConfig(PolicyConfig):
     """Batch = kappa * noise_scale / theta^2, floored to a reachable batch."""
 
     policy: Literal["noise_scale"] = "noise_scale"
-    noise_tolerance: Annotated[float, Field(gt=0, le=100)] = 0.6
+    noise_tolerance: Annotated[float, Field(ge=1e-6, le=100)] = 0.6
     """theta. Smaller means larger batches. Calibrate it again for another estimator or geometry."""
     bound: Literal["estimate", "low"] = "estimate"
     """Act on the noise scale, or on the lower end of its interval of two standard errors."""

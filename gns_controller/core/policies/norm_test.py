@@ -21,7 +21,7 @@ class NormTestPolicyConfig(PolicyConfig):
     """The classical test, on readings as they come: no averages unless betas are given."""
 
     policy: Literal["norm_test"] = "norm_test"
-    theta: Annotated[float, Field(gt=0, le=100)] = 0.5
+    theta: Annotated[float, Field(ge=1e-6, le=100)] = 0.5
     """Largest ratio of the gradient's standard deviation to its norm."""
     estimator: Estimator = "rank_variance"
     geometry: Geometry | None = "euclidean"

@@ -123,11 +123,14 @@ def runs(draw: st.DrawFn, policies: tuple[type[Any], ...] = tuple(ROOMS)) -> Run
     """A run that some policy can steer, behind some guards."""
     kind = draw(st.sampled_from(policies))
     shared = {name: value for name, value in draw(averages).items() if name not in _FIXED.get(kind, set())}
-    policy: AnyPolicyConfig = kind(**draw(ROOMS[kind]), **shared, **draw(guards))
+    guarding = draw(guards) | ({"decay": "follow"} if kind is DecayToRampPolicyConfig else {})
+    policy: AnyPolicyConfig = kind(**draw(ROOMS[kind]), **shared, **guarding)
     ranks, micro = draw(st.sampled_from(RANKS)), draw(st.integers(1, 12))
     granularity = draw(st.integers(1, 4))
     trades = isinstance(policy, DecayToRampPolicyConfig)
-    couplings = ["sqrt", "seesaw"] if trades else ["sqrt", "linear", "none", "adascale", "adamscale"]
+    couplings = ["sqrt", "seesaw"] if trades else ["sqrt", "linear", "none", "adamscale"]
+    if not trades and policy.geometry == "euclidean":
+        couplings.append("adascale")
     start = floor_to_reachable(
         draw(st.integers(1, 120)), micro_batch_size=micro, data_parallel_size=ranks, micro_batch_granularity=granularity
     )

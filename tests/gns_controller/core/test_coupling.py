@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gns_controller.core.batch_arithmetic import BatchRules
-from gns_controller.core.contract import BatchPlan
+from gns_controller.core.contract import BatchPlan, ParameterGroup
 from gns_controller.core.coupling import DEFAULT_COUPLINGS, default_couplings, gain, learning_rate_factor
 from gns_controller.core.errors import CouplingError
 from gns_controller.core.policies import (
@@ -21,6 +21,7 @@ from gns_controller.core.policies import (
     initial_state,
     plan_for,
 )
+from gns_controller.core.runs import RunSpecification
 from tests.gns_controller.core.measurements import measurement, reading
 
 positive = st.floats(1e-3, 1e6)
@@ -153,3 +154,22 @@ def test_optimizers_get_the_rule_that_is_sound_for_them() -> None:
 def test_optimizers_without_a_sound_rule_are_refused_with_the_way_out(name: str, because: str) -> None:
     with pytest.raises(CouplingError, match=f"{name}.*{because}.*learning_rate_coupling='none'"):
         default_couplings(["AdamW", name])
+
+
+def test_adascale_is_registered_only_with_the_euclidean_noise_scale() -> None:
+    def registered(geometry: Any, *groups: Any) -> RunSpecification:
+        return RunSpecification(
+            batch=BatchRules(global_batch_size=16, micro_batch_size=64, learning_rate_coupling="adascale"),
+            data_parallel_size=2,
+            budget_samples=1000,
+            parameter_groups=tuple(
+                ParameterGroup(name=g, geometry=g, optimizer="SGD", num_tensors=1, num_parameters=1) for g in groups
+            ),
+            policy=NoiseScalePolicyConfig(geometry=geometry),
+        )
+
+    registered("euclidean", "euclidean", "sign")
+    registered(None, "euclidean")
+    for geometry, groups in (("sign", ["sign"]), (None, ["euclidean", "sign"]), (None, [])):
+        with pytest.raises(ValueError, match="adascale is a gain in the euclidean norm"):
+            registered(geometry, *groups)

@@ -34,6 +34,10 @@ def test_json_and_toml_read_alike() -> None:
         ('{"policy": "noise_scale", "theta": 1}', "theta: Extra inputs"),
         ('{"policy": "noise_scale", "noise_tolerance": 0, "growth_cap": 1}', "growth_cap: .*; noise_tolerance: "),
         ('{"policy": "noise_scale", "growth_cap": NaN}', "growth_cap"),
+        ('{"policy": "noise_scale", "noise_tolerance": 1e-200}', "noise_tolerance"),  # its square is 0
+        ('{"policy": "norm_test", "theta": 1e-200}', "theta"),
+        ('{"policy": "inner_product_test", "theta": 1e-200}', "theta"),
+        ('{"policy": "inner_product_test", "nu": 1e-200}', "nu"),
         ('{"policy": "stages", "stages": [{"from_samples": 1}]}', "stages.0: .*global_batch_size"),
         ('{"policy": "linear_ramp", "global_batch_size": 8}', "exactly one of them"),
     ],

@@ -279,6 +279,8 @@ def test_the_trade_goes_no_further_than_the_noise_scale_where_that_is_asked() ->
         (DecayToRampPolicyConfig(), {"optimizer_couplings": {"SGD": "linear"}}, "SGD.*another trade"),
         (NoiseScalePolicyConfig(), {"learning_rate_coupling": "seesaw"}, "belongs to the policy decay_to_ramp"),
         (NoiseScalePolicyConfig(), {"optimizer_couplings": {"AdamW": "seesaw"}}, "AdamW.*belongs to"),
+        (DecayToRampPolicyConfig(decay="freeze"), {}, "it would never ramp"),
+        (DecayToRampPolicyConfig(decay="discount"), {}, "it would never ramp"),
     ],
 )
 def test_one_change_of_the_batch_never_has_two_rules(policy: Any, couplings: dict[str, Any], match: str) -> None:

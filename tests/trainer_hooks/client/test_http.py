@@ -204,7 +204,7 @@ def test_a_measurement_that_the_local_policy_cannot_decide_is_reported_all_the_s
     client = client_for(Wire(service.transport), tmp_path)
     client.wait_registered(deadline_seconds=10)
     # theta^2 is 0 in float64: an operator's word that this process has learnt and the controller has taken back since
-    client._local.orders = Orders(NoiseScalePolicyConfig.published(noise_tolerance=1e-200), 1)
+    client._local.orders = Orders(NoiseScalePolicyConfig.published().model_copy(update={"noise_tolerance": 1e-200}), 1)
     client.report(measurement(100, reading(noise_scale=8.0)))
     client.close(deadline_seconds=10)
     assert steps_stored(service) == [(0, 100)]
