@@ -389,7 +389,15 @@ class Controller:
             state=state,
             state_sequence=sequence,
         )
-        new = replace(new, attempt=attempt, attempt_at=now, attempt_step=None, state=state, state_sequence=sequence)
+        new = replace(
+            new,
+            specification=new.specification.model_copy(update={"schedule": specification.schedule}),
+            attempt=attempt,
+            attempt_at=now,
+            attempt_step=None,
+            state=state,
+            state_sequence=sequence,
+        )
         transaction.put_head(new)
         return Registered(_registration_reply(new), created=head is None)
 
@@ -476,7 +484,7 @@ def _decide(head: RunHead, state: PolicyState, measurement: NoiseScaleMeasuremen
             follow_trainer=head.specification.mode == "active",
             override=head.override,
         )
-    except (ValueError, ArithmeticError):  # counts beyond 2^62, or a noise_tolerance whose square is 0
+    except (ValueError, ArithmeticError):  # counts beyond 2^62, or extreme numbers
         raise InvalidInputError(
             f"the measurement of optimizer_step {measurement.optimizer_step} leads to no plan that can be written "
             "down: its counts are too large, or the policy's numbers are extreme. Nothing of this request was recorded."
@@ -484,7 +492,12 @@ def _decide(head: RunHead, state: PolicyState, measurement: NoiseScaleMeasuremen
 
 
 def _refuse_other_specification(head: RunHead, requested: RunSpecification) -> None:
-    same = requested.model_copy(update={"data_parallel_size": head.specification.data_parallel_size})
+    same = requested.model_copy(
+        update={
+            "data_parallel_size": head.specification.data_parallel_size,
+            "schedule": head.specification.schedule,
+        }
+    )
     if same != head.specification:
         raise RunConflictError(
             head.run_id,

@@ -17,6 +17,7 @@ from gns_controller.core.batch_arithmetic import factor_batch
 from gns_controller.core.contract import Decision, Override
 from gns_controller.core.errors import (
     BatchShapeError,
+    DatabaseCorruptError,
     InvalidInputError,
     NoOverrideError,
     RevisionConflictError,
@@ -181,13 +182,23 @@ def recorded_event(entry: LogEntry) -> RecordedAttempt | RecordedControl:
 
 
 def replay_log(entries: Iterable[LogEntry]) -> Iterator[tuple[Event, Decision | None]]:
-    """The log, or a part of it, as replay reads it, with the decisions that were made."""
+    """The log, or a part of it, as replay reads it, with the decisions that were made.
+
+    Raises:
+        DatabaseCorruptError: a line cannot be read.
+    """
     for entry in entries:
-        if entry.kind == "measurement":
-            body = MeasurementBody.model_validate_json(entry.body)
-            yield body.measurement, body.decision
-        else:
-            yield replay_event(recorded_event(entry)), None
+        try:
+            if entry.kind == "measurement":
+                body = MeasurementBody.model_validate_json(entry.body)
+                event: tuple[Event, Decision | None] = body.measurement, body.decision
+            else:
+                event = replay_event(recorded_event(entry)), None
+        except ValidationError:
+            raise DatabaseCorruptError(
+                f"line {entry.sequence} of the log is damaged, or of another version: this controller cannot read it."
+            ) from None
+        yield event
 
 
 def replay_event(recorded: RecordedAttempt | RecordedControl) -> Event:

@@ -137,11 +137,12 @@ class SqlTransaction:
             values["policy_revision"] = head.policy_revision
             values["override"] = None if head.override is None else head.override.model_dump_json()
             values["controlled_at"] = None if head.controlled_at is None else to_microseconds(head.controlled_at)
+        if before is None or before.specification != head.specification:
+            values["specification"] = head.specification.model_dump_json()
         if before is None:
             values["run_id"] = head.run_id
             values["registered_sequence"] = head.registered_sequence
             values["registered_at"] = to_microseconds(head.registered_at)
-            values["specification"] = head.specification.model_dump_json()
             self.connection.execute(insert(runs), values)
         else:
             self.connection.execute(update(runs).where(runs.c.run_id == head.run_id), values)

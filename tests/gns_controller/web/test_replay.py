@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -162,3 +163,18 @@ def test_operators_who_speak_while_measurements_arrive_leave_a_log_that_repeats(
     assert service.client.get("/api/v1/runs/run/policy").json()["policy_revision"] == num_words > 10
     reasons = {row["replayed_reason"] for row in answer["rows"]}
     assert "override" in reasons
+
+
+def test_a_line_of_the_log_that_cannot_be_read_is_not_blamed_on_the_policy(
+    make_service: Callable[..., Service],
+) -> None:
+    service = make_service()
+    service.register()
+    service.report(report(1), report(2))
+    service.close()
+    with sqlite3.connect(service.settings.database_url.removeprefix("sqlite:///")) as database:
+        database.execute("UPDATE log SET body = '{}' WHERE optimizer_step = 1")
+    database.close()
+    response = replayed(make_service(), policy={"policy": "hold"})
+    assert response.status_code == 503
+    assert "of the log is damaged" in response.json()["detail"]

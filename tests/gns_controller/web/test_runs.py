@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -262,3 +263,11 @@ def test_json_numbers_come_back_exactly(service: Service) -> None:
         5e-324,
         1.7976931348623157e308,
     )
+
+
+def test_another_schedule_is_the_same_run_and_the_newest_is_projected(make_service: Callable[..., Service]) -> None:
+    service = make_service()
+    service.register(schedule=[1.0, 0.5])
+    assert service.register(incarnation="incarnation-1", schedule=[1.0, 0.25, 0.0]).status_code == 200
+    service.close()
+    assert make_service().client.get(URL).json()["specification"]["schedule"] == [1.0, 0.25, 0.0]
