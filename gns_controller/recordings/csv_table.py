@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def read_csv(path: Path, *, columns: Mapping[str, str] | None, defaults: ImportD
 
     reader = csv.reader(text(), delimiter=delimiter)
     names = [name.strip() for name in _next(reader, source) or []]
-    twice = sorted({name for name in names if name and names.count(name) > 1}) if len(names) <= 1000 else []
+    twice = sorted(name for name, count in Counter(names).items() if name and count > 1)
     if twice:
         raise InvalidInputError(f"{source} has several columns called {names_shown(twice)}: rename them.")
 

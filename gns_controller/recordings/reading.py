@@ -60,7 +60,11 @@ def read_recording(
     if isinstance(path, str) and path.startswith(ONLINE_PREFIX) and format in (None, "wandb"):
         return read_wandb_online(path, columns=columns, defaults=defaults, limits=limits)
     path = Path(path)
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:  # longer than a file's name can be, or in a folder that is closed to us
+        raise InvalidInputError(f"{shown(path)} cannot be read: {error.strerror}.") from None
+    if not exists:
         raise InvalidInputError(f"{shown(path)} does not exist: name a file, a folder, or wandb:ENTITY/PROJECT/RUN.")
     if not path.is_dir() and not path.is_file():
         raise InvalidInputError(f"{shown(path)} is neither a file nor a folder.")

@@ -22,6 +22,7 @@ LARGEST_NUM_ATTEMPTS = 100
 """A table that goes back more often is not in order."""
 
 _COUNTS = frozenset({"optimizer_step", "attempt", "samples_seen", "tokens_seen", "global_batch_size"})
+_GROWING = ("samples_seen", "tokens_seen")
 
 Number = int | float
 
@@ -86,6 +87,8 @@ class _Steps:
         self.steps: list[Step] = []
         self.num_rows = 0
         self.counts: Counter[str] = Counter()
+        self.largest: dict[str, Number] = {}
+        """Samples or tokens at the steps of this attempt before the last one."""
 
     def add(self, row: Row) -> None:
         self.num_rows += 1
@@ -113,6 +116,16 @@ class _Steps:
                 f"{self.source}, {self.unit} {row.number}: optimizer_step goes back for the {attempt}th time. Sort the "
                 "rows by it, or map optimizer_step to another column."
             )
+        if last is not None and attempt != last.attempt:
+            self.largest = {}
+        elif last is not None and step != last.optimizer_step:
+            self.largest |= {ours: last.numbers[ours] for ours in _GROWING if ours in last.numbers}
+        for ours, before in self.largest.items():
+            if numbers.get(ours, before) < before:
+                raise InvalidInputError(
+                    f"{self.source}, {self.unit} {row.number}: {ours} goes back from {before} to {numbers[ours]} "
+                    "within an attempt. Map it to another column, or to none."
+                )
         if last is not None and (attempt, step) == (last.attempt, last.optimizer_step):
             if any(not _same(last.numbers[ours], value) for ours, value in numbers.items() if ours in last.numbers):
                 self.counts["repeated"] += 1

@@ -237,3 +237,18 @@ def test_the_run_is_named_after_the_file_unless_told(write: Any) -> None:
     path = write(["step", "bsz"], [1, 2], name="my run (3).csv")
     assert read(path).run_id == "my-run--3-"
     assert read(path, run_id="mine").measurements[0].run_id == "mine"
+
+
+@pytest.mark.parametrize("column", ["samples_seen", "tokens_seen"])
+def test_samples_that_go_back_within_an_attempt_are_refused_with_their_line(write: Any, column: str) -> None:
+    header = ["step", "attempt", column, "batch_size"]
+    write(header, [1, 0, 800, 8], [2, 0, "", 8], [1, 1, 400, 8])
+    read(write(header, [1, 0, 800, 8], [2, 0, 808, 8], [1, 1, 400, 8]), tokens_per_sample=8)
+    told = refused(write(header, [1, 0, 800, 8], [2, 0, "", 8], [3, 0, 799, 8]), tokens_per_sample=8)
+    assert f"line 4: {column} goes back from 800 to 799" in told
+
+
+def test_a_name_twice_among_very_many_is_refused(write: Any) -> None:
+    assert "several columns called 'loss'" in refused(
+        write(["step", "loss", *map(str, range(1200)), "loss"], [1] * 1203)
+    )
