@@ -411,17 +411,17 @@ def run_ls(
 
         with Remote(url, token) as remote:
             page = remote.get("/api/v1/runs", limit=limit)
-    if as_json:
-        _print_json(page["items"])
-        return
-    print(f"{'run':<32} {'state':<10} {'step':>9} {'samples':>12} {'batch':>8}  last decision")
-    for item in page["items"]:
-        reason = (item["last_decision"] or {}).get("reason", "-")
-        batch = item["plan"]["global_batch_size"]
-        print(
-            f"{item['run_id']:<32} {item['state']:<10} {item['optimizer_step']:>9} {item['samples_seen']:>12} "
-            f"{batch:>8}  {reason}"
-        )
+        if as_json:
+            _print_json(page["items"])
+            return
+        print(f"{'run':<32} {'state':<10} {'step':>9} {'samples':>12} {'batch':>8}  last decision")
+        for item in page["items"]:
+            reason = (item["last_decision"] or {}).get("reason", "-")
+            batch = item["plan"]["global_batch_size"]
+            print(
+                f"{item['run_id']:<32} {item['state']:<10} {item['optimizer_step']:>9} {item['samples_seen']:>12} "
+                f"{batch:>8}  {reason}"
+            )
 
 
 @run.command("export")
@@ -501,17 +501,23 @@ def _show_policy(view: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         _print_json(view)
         return
-    override = view["override"]
-    said = "none"
-    if override is not None:
-        said = "hold" if override["kind"] == "hold" else f"pin {override['global_batch_size']} samples"
-        said += f" ({override['note']})" if override["note"] else ""
-    print(f"{'run':<22} {view['run_id']}")
-    print(f"{'revision':<22} {view['policy_revision']}, {view['changed_at'] or 'as registered'}")
-    print(f"{'override':<22} {said}")
-    for name, value in view["policy"].items():
-        if value is not None:
-            print(f"{name:<22} {value if isinstance(value, str) else json.dumps(value)}")
+    with _sentences():
+        override = view["override"]
+        said = "none"
+        if override is not None:
+            said = "hold" if override["kind"] == "hold" else f"pin {override['global_batch_size']} samples"
+            said += f" ({_printable(override['note'])})" if override["note"] else ""
+        print(f"{'run':<22} {view['run_id']}")
+        print(f"{'revision':<22} {view['policy_revision']}, {view['changed_at'] or 'as registered'}")
+        print(f"{'override':<22} {said}")
+        for name, value in view["policy"].items():
+            if value is not None:
+                print(f"{name:<22} {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def _printable(text: str) -> str:
+    """What somebody else wrote, without the characters that a terminal obeys."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def _policy(text_or_file: str) -> AnyPolicyConfig:

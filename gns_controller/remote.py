@@ -19,6 +19,13 @@ _REPLAY_SECONDS = 600.0
 _PAGE = 1000
 
 
+class _Answer(dict[str, Any]):
+    """An object of an answer; whoever lacks a field that we read is no controller of ours."""
+
+    def __missing__(self, key: str) -> Any:
+        raise GnsError(f"the answer has no {key!r}: --url does not lead to a controller, or to one of another version.")
+
+
 class Remote:
     """A controller at this address. Close it, or use it as a context.
 
@@ -75,7 +82,7 @@ class Remote:
     def _request(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         try:
             response = self._client.request(method, self._url + path, **options)
-            answer = response.json()
+            answer = response.json(object_hook=_Answer)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError):
             raise GnsError(
                 f"no controller answers at {self._url}; start one with `gns-controller serve` or correct --url."

@@ -41,11 +41,12 @@ class Replayed(NamedTuple):
 
 def is_recording(name: str) -> bool:
     """Whether this names something to read, and not a run: it exists, or is written as only a path is."""
-    return (
-        "/" in name
-        or Path(name).suffix in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".wandb")
-        or Path(name).exists()
-    )
+    if "/" in name or Path(name).suffix in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".wandb"):
+        return True
+    try:
+        return Path(name).exists()
+    except OSError:  # longer than a file's name can be
+        return False
 
 
 def replay_file(

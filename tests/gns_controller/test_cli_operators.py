@@ -45,10 +45,12 @@ def test_an_operator_pins_holds_and_releases(server: Server) -> None:
     code, output, _ = cli(server, "run", "policy", "run")
     assert code == 0
     assert "pin 32 samples (no memory)" in output
+    cli(server, "run", "override", "run", "--hold", "--note", "\x1b]0;owned\x07 größer \x9b2J")
+    assert "hold (\\x1b]0;owned\\x07 größer \\x9b2J)" in cli(server, "run", "policy", "run")[1]
     assert cli(server, "run", "override", "run", "--hold")[0] == 0
     assert cli(server, "run", "override", "run", "--release", "--note", "done")[0] == 0
     items = server.http.get("/api/v1/runs/run/controls").json()["items"]
-    assert [item["action"] for item in items] == ["registered", "override", "override", "release"]
+    assert [item["action"] for item in items] == ["registered", "override", "override", "override", "release"]
     assert items[-1]["note"] == "done"
     code, _, errors = cli(server, "run", "override", "run", "--release")
     assert (code, errors.count("\n")) == (1, 1)
@@ -224,5 +226,15 @@ def test_a_controller_of_another_version_is_one_sentence(monkeypatch: pytest.Mon
     answer = httpx.Response(200, json={"items": [], "next_cursor": None, "rows": "none"})
     monkeypatch.setattr(httpx.Client, "request", lambda *_, **__: answer)
     code, _, errors = typed("replay", "run")
+    assert (code, errors.count("\n")) == (1, 1)
+    assert "another version" in errors
+
+
+@pytest.mark.parametrize(
+    "command", [["run", "ls"], ["run", "policy", "r"], ["run", "export", "r"], ["replay", "r" * 999]]
+)
+def test_a_server_of_somebody_else_is_one_sentence(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    monkeypatch.setattr(httpx.Client, "request", lambda *_, **__: httpx.Response(200, json={"hello": [{}]}))
+    code, _, errors = typed(*command)
     assert (code, errors.count("\n")) == (1, 1)
     assert "another version" in errors
