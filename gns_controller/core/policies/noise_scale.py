@@ -39,8 +39,8 @@ class NoiseScalePolicyConfig(PolicyConfig):
     def recommended(cls, *, budget_samples: int, **changes: Any) -> Self:
         """What `attach` does unless told otherwise; chosen and measured in docs/evidence/policies.md.
 
-        The split estimator's growing averages, acted on at the lower end of their interval: theta 1.6, at most doubling,
-        a warmup of 5 % of the samples, 2 % between two changes, nothing in the decay of the learning rate.
+        The split estimator's growing averages, acted on at the lower end of their interval: theta 1.6, at most
+        doubling, a warmup of 5 % of the samples, 2 % between two changes, nothing in the decay of the learning rate.
         """
         recommended: dict[str, Any] = {
             "noise_tolerance": 1.6,
