@@ -134,9 +134,7 @@ class SmoothedNoiseScale(FrozenModel):
     """rank_variance: the latest pure-noise reading, its ceiling."""
 
     @classmethod
-    def started_by(
-        cls, reading: GroupReading, *, corrected: bool = False, growing: bool = False
-    ) -> SmoothedNoiseScale:
+    def started_by(cls, reading: GroupReading, *, corrected: bool = False, growing: bool = False) -> SmoothedNoiseScale:
         """The first reading starts both averages, as in the recorded runs of the published method."""
         return cls(
             group=reading.group,
