@@ -15,7 +15,7 @@ from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable
 from gns_controller.core.contract import BatchPlan, Direction, Estimator, RunId, Span
 from gns_controller.core.errors import InvalidInputError, TooFewGroupsError
 from gns_controller.core.policies import AnyPolicyConfig, PolicyState, initial_state, plan_for
-from gns_controller.core.policies.documents import read_policy
+from gns_controller.core.policies.documents import read_policy, suggested_for
 from gns_controller.core.policies.frame import PolicyConfig
 from trainer_hooks.collectives import RankGroup
 from trainer_hooks.estimators.spectral import SpectralNorms
@@ -44,7 +44,9 @@ def as_policy(policy: PolicyGiven | None) -> AnyPolicyConfig | None:
     if isinstance(policy, str) and policy.lstrip().startswith("{"):
         return read_policy(policy)
     if isinstance(policy, str) and not policy.endswith((".json", ".toml")):
-        raise InvalidInputError(f"policy={policy!r} is neither JSON nor the path of a .json or .toml file.")
+        raise InvalidInputError(
+            f"policy={policy!r} is neither JSON nor the path of a .json or .toml file{suggested_for(policy)}."
+        )
     if isinstance(policy, str | os.PathLike):
         try:
             text = Path(policy).read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ a repeated call finds the same numbers from the plan alone.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -13,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from gns_controller.core.batch_arithmetic import LearningRateCoupling
+from gns_controller.core.batch_arithmetic import BetaCoupling, LearningRateCoupling
 from gns_controller.core.contract import BatchPlan, Geometry
 from gns_controller.core.coupling import default_couplings
 from gns_controller.core.errors import CouplingError, InvalidInputError
@@ -58,6 +59,26 @@ def find_couplings(
     rules = {name: chosen[name] if name in chosen else default_couplings([name])[0] for name in names}
     first = rules[names[0]]
     return first, {name: rule for name, rule in rules.items() if rule != first}
+
+
+def check_steppable(optimizers: Sequence[torch.optim.Optimizer], beta_coupling: str) -> None:
+    """Whether a session can end a step with them.
+
+    Raises:
+        CouplingError: there is no such beta_coupling.
+        InvalidInputError: an optimizer evaluates the loss itself.
+    """
+    if beta_coupling not in get_args(BetaCoupling):
+        raise CouplingError(
+            f"beta_coupling={beta_coupling!r} does not exist; there are {', '.join(get_args(BetaCoupling))}."
+        )
+    for optimizer in optimizers:
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise InvalidInputError(
+                f"{type(optimizer).__name__} evaluates the loss itself (its step wants a closure): a step of several "
+                "micro-batches on several ranks cannot give it one."
+            )
 
 
 def check_couplings(policy: AnyPolicyConfig, facts: RunFacts, geometries: Sequence[Geometry]) -> None:

@@ -49,7 +49,7 @@ from trainer_hooks.checks import (
 )
 from trainer_hooks.client import Controller, Verdict, connect, orders_from, saved_orders
 from trainer_hooks.collectives import broadcast_plan
-from trainer_hooks.coupled import CoupledOptimizers, check_couplings, factor_for, find_couplings
+from trainer_hooks.coupled import CoupledOptimizers, check_couplings, check_steppable, factor_for, find_couplings
 from trainer_hooks.estimators.spectral import SpectralNorms
 from trainer_hooks.measuring import Measuring
 from trainer_hooks.needs import needs_of
@@ -226,8 +226,9 @@ class AdaptiveBatch:
         if state is not None:
             check_state(state, optimizers)
         data_parallel = layout.data_parallel
-        groups = find_groups(model, optimizers, geometries=geometries, exclude=exclude)
         coupling, optimizer_couplings = find_couplings(learning_rate_coupling, optimizers)
+        check_steppable(optimizers, beta_coupling)
+        groups = find_groups(model, optimizers, geometries=geometries, exclude=exclude)
         rules = BatchRules(
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
