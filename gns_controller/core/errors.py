@@ -27,6 +27,9 @@ GnsError
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 
 class GnsError(Exception):
     """Root of every exception raised by gns_controller and trainer_hooks."""
@@ -91,10 +94,7 @@ class RunConflictError(RunError):
     """The run exists with another specification; both are kept for the caller to see."""
 
     def __init__(self, run_id: str, *, registered: dict[str, object], requested: dict[str, object]) -> None:
-        different = sorted(key for key in {*registered, *requested} if registered.get(key) != requested.get(key))
-        shown = "; ".join(
-            f"{key}: registered {registered.get(key)}, requested {requested.get(key)}" for key in different
-        )
+        shown = "; ".join(_differences(registered, requested))
         super().__init__(
             f"run {run_id!r} exists with another specification ({shown}). "
             "Choose another name or send the registered specification."
@@ -102,6 +102,23 @@ class RunConflictError(RunError):
         self.run_id = run_id
         self.registered = registered
         self.requested = requested
+
+
+def _differences(registered: dict[str, Any], requested: dict[str, Any], within: str = "") -> Iterator[str]:
+    """Field by field. Of two policies only the names, of lists only that they differ."""
+    names = {*registered, *requested} - {"data_parallel_size"}
+    if within and registered.get("policy") != requested.get("policy"):
+        names = {"policy"}
+    for name in sorted(names):
+        ours, theirs = registered.get(name), requested.get(name)
+        if ours == theirs:
+            continue
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            yield from _differences(ours, theirs, f"{within}{name}.")
+        elif isinstance(ours, list | tuple) or isinstance(theirs, list | tuple):
+            yield f"{within}{name}: differs"
+        else:
+            yield f"{within}{name}: registered {ours}, requested {theirs}"
 
 
 class StaleAttemptError(RunError):
