@@ -37,7 +37,7 @@ IfMatch = Annotated[
 Note = Annotated[str, Query(max_length=500, description="Why, for the next person who looks.")]
 
 _ETAG = {"headers": {"ETag": {"schema": {"type": "string"}, "description": "Strong: the policy_revision, quoted."}}}
-_OURS = re.compile(r'"(0|[1-9][0-9]{0,18})"')
+_OURS = re.compile(r'("?)(0|[1-9][0-9]{0,18})\1')
 
 
 class ReplayBody(FrozenModel):
@@ -169,8 +169,8 @@ def _require_revision(if_match: str | None) -> None:
 
 
 def _revisions(if_match: str | None) -> set[int] | None:
-    """The revisions that an If-Match names, compared strongly: a weak tag matches nothing. None for any."""
+    """The revisions that an If-Match names, quoted or bare; a weak tag matches nothing. None for any."""
     tags = [tag.strip() for tag in (if_match or "").split(",")]
     if "*" in tags:
         return None
-    return {int(found[1]) for tag in tags if (found := _OURS.fullmatch(tag))}
+    return {int(found[2]) for tag in tags if (found := _OURS.fullmatch(tag))}

@@ -168,11 +168,13 @@ def test_nobody_speaks_without_the_revision_they_have_seen(service: Service) -> 
     service.register()
     for response in words(service, {}):
         assert (response.status_code, slug_of(response)) == (428, "revision-required")
-    for etag in ('"1"', 'W/"0"', "0", '"00"', "", '"0', '"x", "7"', '"99999999999999999999"'):
+    for etag in ('"1"', 'W/"0"', "1", "00", '"00"', "", '"0', '"x", "7"', '"99999999999999999999"'):
         for response in words(service, {"If-Match": etag}):
             assert (response.status_code, slug_of(response)) == (412, "revision-conflict"), etag
             assert response.json()["policy_revision"] == 0
     assert change(service, {}, revision='"7", "0"').status_code == 200
+    bare = change(service, {}, revision=str(policy_of(service)["policy_revision"]))
+    assert bare.status_code == 200
 
 
 def test_words_about_a_run_that_nobody_registered_are_404(service: Service) -> None:
