@@ -144,6 +144,8 @@ def read_json_lines(
     first = next((v for n, line in lines_of(path, limits=limits) if (v := _object(line, f"{source}, line {n}"))), None)
     if first is None:
         raise InvalidInputError(f"{source} is empty: expected one JSON object a line.")
+    if first.get("kind") == "start" and "attached" in first and not columns:
+        raise InvalidInputError(f"{source}: this is the example job's own output; use gns-controller run export.")
     if "kind" in first and not columns:
         run, entries = read_export(lines_of(path, limits=limits), source=source, limits=limits)
         return export_recording(run, entries, source=source)

@@ -239,3 +239,10 @@ def test_a_history_in_json_lines_is_a_table(tmp_path: Path) -> None:
     assert "column 'layers'" in refused(path, columns={"loss": "layers"})
     assert "True" in refused(written(path, {"_step": True, "batch_size": 8}))
     assert "is not a number" in refused(written(path, {"_step": 1, "batch_size": 8, "loss": 10**400}))
+
+
+def test_the_example_jobs_own_output_is_told_what_to_use(tmp_path: Path) -> None:
+    path = tmp_path / "job.jsonl"
+    path.write_text('{"kind": "start", "run": "train-lm", "attached": "split"}\n{"kind": "step"}\n')
+    with pytest.raises(InvalidInputError, match="example job's own output; use gns-controller run export"):
+        read_recording(path)
