@@ -341,7 +341,7 @@ def replay(
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
-        for line in table_of(report):
+        for line in table_of(report, compared=policy is None):
             print(line)
     if policy is None and follow_trainer is None and report.num_equal != report.num_compared:
         _exit(EXIT_WRONG, "what ran is not repeated: another version of this program decided, or the log was changed.")
@@ -465,7 +465,12 @@ def run_policy(
         patch = _assigned(assignments or []) if file is None else _replacement(_policy(file))
         with Remote(url, token) as remote:
             if patch:
+                before = remote.get(f"{run_path(run_id)}/policy")["policy"]
                 view = remote.speak("PATCH", run_id, "policy", note=note, body=patch)
+                if file is not None or view["policy"]["policy"] != before["policy"]:
+                    lost = _no_longer_set(before, view["policy"])
+                    if lost:
+                        print(f"no longer set: {', '.join(lost)}", file=sys.stderr)
             else:
                 view = remote.get(f"{run_path(run_id)}/policy")
     _show_policy(view, as_json=as_json)
@@ -521,16 +526,41 @@ def _printable(text: str) -> str:
 
 
 def _policy(text_or_file: str) -> AnyPolicyConfig:
-    from gns_controller.core.policies.documents import read_policy
+    from gns_controller.core.policies.documents import read_policy, suggested_for
 
     if text_or_file.lstrip().startswith("{"):
         return read_policy(text_or_file)
     try:
         return read_policy(Path(text_or_file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if text_or_file.endswith((".json", ".toml")):
+            raise InvalidInputError(f"the policy file {text_or_file!r} cannot be read: it does not exist.") from None
+        raise InvalidInputError(
+            f"the policy {text_or_file!r} is neither JSON nor a file{suggested_for(text_or_file)}."
+        ) from None
     except OSError as error:
         raise InvalidInputError(f"the policy file cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise InvalidInputError("the policy file is not UTF-8 text.") from None
+
+
+def _no_longer_set(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Guards of the policy before that the one after leaves at their defaults, as they were."""
+    from gns_controller.core.policies.documents import read_policy
+    from gns_controller.core.policies.frame import Guards
+
+    try:
+        old, new = read_policy(json.dumps(before)), read_policy(json.dumps(after))
+    except InvalidInputError:  # of another version, with fields that we do not know
+        return []
+    lost = []
+    for name in Guards.model_fields:
+        was, now = getattr(old, name), getattr(new, name)
+        defaults = [type(policy).model_fields[name].default for policy in (old, new)]
+        if was != now and was != defaults[0] and now == defaults[1]:
+            value = before[name]
+            lost.append(f"{name} {value if isinstance(value, str) else json.dumps(value)}")
+    return lost
 
 
 def _replacement(policy: AnyPolicyConfig) -> dict[str, Any]:
@@ -602,7 +632,7 @@ def _savings_text(savings: dict[str, Any] | None) -> str:
         return "-"
     against = f"{savings['steps_saved']} of {savings['constant_steps']} at {savings['constant_batch_size']} samples"
     seconds = savings["seconds_saved"]
-    return against if seconds is None else f"{against}, {seconds:.0f} seconds"
+    return against if seconds is None else f"{against}, {round(seconds)} seconds"
 
 
 def _noise_scale_text(decision: dict[str, Any]) -> str:

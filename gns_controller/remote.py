@@ -9,7 +9,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from gns_controller.core.errors import GnsError
+from gns_controller.core.errors import GnsError, InvalidInputError
 from gns_controller.recordings import ExportedMeasurement, ExportedRun, export_lines
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -32,9 +32,14 @@ class Remote:
     Args:
         url: with scheme.
         token: bearer token; empty for none.
+
+    Raises:
+        InvalidInputError: this is no address.
     """
 
     def __init__(self, url: str, token: str) -> None:
+        if not is_address(url):
+            raise InvalidInputError(f"--url {url!r} is not an address like http://127.0.0.1:8000.")
         self._url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._client = httpx.Client(headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=False)
@@ -92,6 +97,15 @@ class Remote:
         if response.is_error:
             raise GnsError(_sentence(answer, response.status_code))
         return answer
+
+
+def is_address(url: str) -> bool:
+    """Whether a request can be sent there at all: it names scheme and host."""
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return address.scheme in ("http", "https") and bool(address.host)
 
 
 def read_as(model: type[Model], answer: dict[str, Any]) -> Model:

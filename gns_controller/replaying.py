@@ -155,8 +155,13 @@ def events_of(recording: Recording) -> Iterator[Event]:
         yield measurement
 
 
-def table_of(report: ReplayReport) -> Iterator[str]:
-    """The report for people: where a batch changes, then the sums."""
+def table_of(report: ReplayReport, *, compared: bool = True) -> Iterator[str]:
+    """The report for people: where a batch changes, then the sums.
+
+    Args:
+        report: what came out.
+        compared: say how many decisions are as recorded; of another policy nobody expects it.
+    """
     yield f"{'samples':>14} {'happened':>9} {'replayed':>9}  reason"
     before: tuple[int, int] | None = None
     for row in report.rows:
@@ -171,9 +176,9 @@ def table_of(report: ReplayReport) -> Iterator[str]:
         f"optimizer steps  happened {report.happened_steps}, replayed {report.replayed_steps}, "
         f"saved {report.steps_saved}{share}"
     )
-    if report.num_compared:
+    if report.num_compared and compared:
         yield f"decisions        {report.num_equal} of {report.num_compared} as recorded, bit for bit"
-    else:
+    elif not report.num_compared:
         yield "decisions        none were recorded to compare with"
 
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from gns_controller.cli import app
+from gns_controller.cli import _savings_text, app
 from gns_controller.core.policies import NoiseScalePolicyConfig
 from gns_controller.recordings import read_recording
 from tests.gns_controller.service import Server, registration, report
@@ -99,6 +99,41 @@ def test_an_operator_changes_fields_and_whole_policies(server: Server) -> None:
         assert errors.count("\n") == 1
 
 
+def test_guards_that_another_policy_leaves_out_are_named(server: Server) -> None:
+    """Not those that were at their defaults, like the growth_cap of noise_scale, and not those that are set again."""
+    register(server)
+    guards = ["maximum_batch_size=128", "dwell.samples=500", "decay=freeze", "minimum_batch_size=4", "deadband=0.25"]
+    code, _, errors = cli(server, "run", "policy", "run", *(word for guard in guards for word in ("--set", guard)))
+    assert (code, errors) == (0, "")
+    document = json.dumps({**STAGES, "minimum_batch_size": 8})
+    code, _, errors = cli(server, "run", "policy", "run", "--file", document, "--json")
+    assert code == 0
+    named = 'dwell {"steps": null, "samples": 500}, deadband 0.25, maximum_batch_size 128, decay freeze'
+    assert errors == f"no longer set: {named}\n"
+    code, _, errors = cli(server, "run", "policy", "run", "--set", "policy=hold")
+    assert (code, errors) == (0, "no longer set: minimum_batch_size 8\n")
+
+
+@pytest.mark.parametrize("command", [["replay", "history.csv", "--policy"], ["run", "policy", "run", "--file"]])
+def test_the_bare_name_of_a_policy_is_told_what_to_write(command: list[str]) -> None:
+    code, _, errors = typed(*command, "grow_once")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert """'grow_once' is neither JSON nor a file; write '{"policy": "grow_once"}'.""" in errors
+    assert typed(*command, "fastest")[2].endswith("'fastest' is neither JSON nor a file.\n")
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8123", "localhost:8123", "", "http://", "ftp://127.0.0.1"])
+def test_an_address_without_its_scheme_is_one_sentence(url: str) -> None:
+    code, _, errors = typed("run", "ls", "--url", url)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "is not an address like http://127.0.0.1:8000" in errors
+
+
+def test_no_time_saved_has_no_sign() -> None:
+    savings = {"steps_saved": 0, "constant_steps": 5, "constant_batch_size": 16, "seconds_saved": -0.3}
+    assert _savings_text(savings) == "0 of 5 at 16 samples, 0 seconds"
+
+
 def test_an_exported_run_is_replayed_elsewhere_as_its_controller_replays_it(server: Server) -> None:
     register(server, policy={"policy": "noise_scale", "estimator": "rank_variance", "monotone": False})
     post(server, *(report(step, noise_scale=3.0 * step, loss=float("nan")) for step in range(1, 8)))
@@ -130,6 +165,8 @@ def test_an_exported_run_is_replayed_elsewhere_as_its_controller_replays_it(serv
     assert code == 0
     assert "happened  replayed  reason" in table
     assert "saved" in table
+    assert "as recorded" not in table, "another policy was asked"
+    assert "11 of 11 as recorded, bit for bit" in typed("replay", str(path))[1]
 
     lines = exported.splitlines()
     lines[3] = lines[3].replace('"reason":"', '"reason":"hold","explanation":"altered","reason":"', 1)

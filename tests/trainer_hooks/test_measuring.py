@@ -435,7 +435,7 @@ def test_a_policy_may_be_given_as_its_document(form: str, tmp_path: Path) -> Non
 
 
 def test_a_policy_document_that_is_none_is_told_with_its_path(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="is neither JSON nor the path of a"):
+    with pytest.raises(InvalidInputError, match=r"neither JSON nor the path of a .*write '{\"policy\": \"hold\"}'"):
         attach(deep_network(), policy="hold")
     with pytest.raises(InvalidInputError, match=r"missing.toml cannot be read: .*No such file"):
         attach(deep_network(), policy=tmp_path / "missing.toml")

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gns_controller.core.contract import Decision, Span
-from gns_controller.core.errors import BatchShapeError, GeometryError, InvalidInputError, TooFewGroupsError
+from gns_controller.core.errors import (
+    BatchShapeError,
+    CouplingError,
+    GeometryError,
+    InvalidInputError,
+    TooFewGroupsError,
+)
 from gns_controller.core.policies import HoldPolicyConfig, NoiseScalePolicyConfig, Stage, StagesPolicyConfig
 from trainer_hooks import AdaptiveBatch, warmup_cosine
 from trainer_hooks.optim import Muon, Signum
@@ -195,6 +201,8 @@ def test_what_cannot_be_is_said_in_a_sentence() -> None:
     with pytest.raises(GeometryError, match="no parameter group has it; groups have sign"):
         attach(model, policy=NoiseScalePolicyConfig(geometry="spectral"))
     with pytest.raises(GeometryError, match="geometry of optimizer Adagrad is not known"):
+        attach(model, torch.optim.Adagrad(model.parameters()), learning_rate_coupling="none")
+    with pytest.raises(CouplingError, match="no rule for the learning rate of Adagrad is known to be sound"):
         attach(model, torch.optim.Adagrad(model.parameters()))
     with pytest.raises(InvalidInputError, match="not an address like http"):
         attach(model, controller="127.0.0.1:8000")

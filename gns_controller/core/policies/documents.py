@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from typing import get_args
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -11,6 +12,12 @@ from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import AnyPolicyConfig
 
 _POLICY: TypeAdapter[AnyPolicyConfig] = TypeAdapter(AnyPolicyConfig)
+_NAMES = frozenset(model.model_fields["policy"].default for model in get_args(get_args(AnyPolicyConfig)[0]))
+
+
+def suggested_for(text: str) -> str:
+    """What to write instead of a policy's bare name, to end a sentence with; empty for any other text."""
+    return f'; write \'{{"policy": "{text}"}}\'' if text in _NAMES else ""
 
 
 def read_policy(text: str) -> AnyPolicyConfig:
