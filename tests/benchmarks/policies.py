@@ -313,7 +313,7 @@ def row_of(outcomes: Sequence[Outcome], frontiers: dict[int, Frontier], *, kind:
         "below_frontier": distance,
         "below_frontier_standard_error": distance_error,
         "below_frontier_by_seed": [round(value, 4) for value in below],
-        "steps_saved_percent": 100 * (1 - steps / (BUDGET / run.batch_size)),
+        "steps_saved_percent": 100 * (1 - steps / math.ceil(BUDGET / run.batch_size)),
         "samples": statistics.fmean(outcome.samples for outcome in outcomes),
         "seconds": statistics.median(outcome.seconds for outcome in outcomes),
         "last_batch": statistics.fmean(outcome.last_batch for outcome in outcomes),
@@ -431,7 +431,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.xaxis.set_minor_formatter(NullFormatter())
         top = max(row["validation_loss"] for row in mine if row["start"] <= 128 or row["kind"] != "constant")
-        axis.set_ylim(min(row["validation_loss"] for row in mine) - 0.012, top + 0.01)
+        lowest = min(row["validation_loss"] - row["standard_error"] for row in mine)
+        axis.set_ylim(lowest - 0.005, top + 0.01)
         axis.set_xlabel(f"optimizer steps for {BUDGET} samples")
         axis.set_ylabel("validation loss, nats per byte")
         axis.set_title(f"{optimizer}: mean and standard error over seeds", loc="left", fontsize=10)
