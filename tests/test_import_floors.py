@@ -54,6 +54,7 @@ SERVICE = {
     "gns_controller.controller": (12, set()),
     "gns_controller.web": (13, {"fastapi", "starlette", "pydantic", "pydantic_core", "prometheus_client"}),
     "gns_controller.calibration": (14, {"rich", "matplotlib"}),
+    "gns_controller.children": (13, set()),
     "gns_controller.demo": (14, {"httpx", "rich", "matplotlib"}),
     "gns_controller.serving": (14, {"uvicorn", "fastapi", "prometheus_client"}),
     "gns_controller.doctor": (14, {"httpx"}),

@@ -5,21 +5,19 @@ The job is another package's program and known here by its command line and its 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from gns_controller.children import child
 from gns_controller.core.errors import GnsError, InvalidInputError
 
 JOB_MODULE = "trainer_hooks.examples.train_lm"
@@ -78,7 +76,7 @@ class Job:
             path.unlink(missing_ok=True)
         self._settings_path.write_text(json.dumps(self.settings(), indent=2) + "\n")
         log_path = self.output.with_suffix(".log")
-        with log_path.open("w") as log, _process(self._command(), stdout=log, stderr=subprocess.STDOUT) as process:
+        with log_path.open("w") as log, child(self._command(), stdout=log) as process:
             tail = _Tail(self.output)
             while True:
                 status = process.poll()
@@ -115,7 +113,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         JobError: the job failed.
     """
     command = [sys.executable, "-m", JOB_MODULE, "--describe-checkpoint", str(path)]
-    with _process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         output, errors = process.communicate()
     if process.returncode != 0:
         raise _failure(f"reading {path}", process.returncode, errors.decode(errors="replace"))
@@ -159,26 +157,3 @@ def _failure(what: str, status: int, log: str) -> GnsError:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _process(command: list[str], *, stdout: IO[str] | int, stderr: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A child in its own session: a Ctrl-C reaches us first, and its whole group ends with the context."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True, env=environment
-    )
-    try:
-        yield process
-    finally:
-        for signal_number, patience_seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
-            try:
-                os.killpg(process.pid, signal_number)
-            except ProcessLookupError:
-                break
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(patience_seconds)
-        process.wait()
-        for pipe in (process.stdout, process.stderr):
-            if pipe is not None:
-                pipe.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from gns_controller.calibration.jobs import Job, describe_checkpoint, read_recor
 from gns_controller.calibration.plot import plot_results
 from gns_controller.calibration.results import ESTIMATORS, CheckpointResult, evaluate, policy_document, typical_theta
 from gns_controller.calibration.tables import tell
+from gns_controller.children import end_on_signals
 from gns_controller.core.batch_arithmetic import factor_batch
 from gns_controller.core.errors import InvalidInputError, MissingDependencyError
 
@@ -104,8 +104,7 @@ def run_calibration(settings: CalibrationSettings, console: Console) -> dict[str
     for module in ("torch", *(["matplotlib"] if settings.plot else [])):
         if importlib.util.find_spec(module) is None:
             raise MissingDependencyError(f"this calibration needs {module}: pip install 'gns-controller[demo]'.")
-    for signal_number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signal_number, _leave)
+    end_on_signals()
     settings.output.mkdir(parents=True, exist_ok=True)
     bases = _base_jobs(settings)
     probes = [_probe(settings, path, number) for number, path in enumerate(settings.checkpoints)]
@@ -151,11 +150,6 @@ def _report(settings: CalibrationSettings, results: Sequence[CheckpointResult], 
         plot_results(results, plot_path, tolerance=settings.tolerance)
         console.print(f"Plot: {plot_path}", soft_wrap=True)
     return report
-
-
-def _leave(signal_number: int, _frame: object) -> None:
-    """A closed terminal or a polite kill unwinds like Ctrl-C, so that no child stays behind."""
-    raise SystemExit(128 + signal_number)
 
 
 # ---------------------------------------------------------------- jobs

@@ -10,19 +10,18 @@ import importlib.util
 import json
 import os
 import platform
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from gns_controller.children import child, end_on_signals
 from gns_controller.core.errors import GnsError, MissingDependencyError
 from gns_controller.demo.methods import Method, closed_methods, open_loop_twin
 from gns_controller.demo.plot import plot_results
@@ -56,8 +55,7 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
     for module in ("torch", "matplotlib"):
         if importlib.util.find_spec(module) is None:
             raise MissingDependencyError(f"the demonstration needs {module}: pip install 'gns-controller[demo]'.")
-    for signal_number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signal_number, _leave)
+    end_on_signals()
     settings.output.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     with _controller(settings) as url:
@@ -83,11 +81,6 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
                 while True:
                     time.sleep(3600)
     return rows
-
-
-def _leave(signal_number: int, _frame: object) -> None:
-    """A closed terminal or a polite kill unwinds like Ctrl-C, so that no child stays behind."""
-    raise SystemExit(128 + signal_number)
 
 
 def _run_methods(settings: DemoSettings, url: str, stamp: str, console: Console) -> list[RunResult]:
@@ -137,7 +130,7 @@ def _follow_job(
         *("--spool-directory", str(settings.output / "spool")),
         *method.arguments(),
     ]
-    with log_path.open("w") as log, _process(command, log) as job:
+    with log_path.open("w") as log, child(command, stdout=log) as job:
         read, samples, state = 0, 0, ""
         while True:
             status = job.poll()
@@ -169,37 +162,13 @@ def _controller(settings: DemoSettings) -> Iterator[str]:
         *(sys.executable, "-m", "gns_controller", "serve", "--host", "127.0.0.1", "--port", str(settings.port)),
         *("--database-url", f"sqlite:///{(settings.output / 'demo.db').resolve()}", "--ready-file", str(ready)),
     ]
-    with log_path.open("w") as log, _process(command, log) as process:
+    with log_path.open("w") as log, child(command, stdout=log) as process:
         deadline = time.monotonic() + 60
         while not ready.exists() or not ready.read_text().strip():
             if process.poll() is not None or time.monotonic() > deadline:
                 raise DemoError(f"the controller did not start:\n{log_path.read_text()[-2000:]}")
             time.sleep(0.05)
         yield ready.read_text().strip()
-
-
-@contextlib.contextmanager
-def _process(command: list[str], log: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A child in its own session: a Ctrl-C reaches us first, and its whole group ends with the context."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
-    )
-    try:
-        yield process
-    finally:
-        _end_group(process)
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    for signal_number, patience_seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(process.pid, signal_number)
-        except ProcessLookupError:
-            break
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience_seconds)
-    process.wait()
 
 
 def _tell(rows: list[dict[str, Any]], subtitle: str, start: dict[str, Any], console: Console) -> None:
