@@ -105,8 +105,8 @@ class RunConflictError(RunError):
 
 
 def _differences(registered: dict[str, Any], requested: dict[str, Any], within: str = "") -> Iterator[str]:
-    """Field by field. Of two policies only the names, of lists only that they differ."""
-    names = {*registered, *requested} - {"data_parallel_size"}
+    """Field by field, but for those that may differ. Of two policies only the names, of lists only that they differ."""
+    names = {*registered, *requested} - {"data_parallel_size", "schedule"}
     if within and registered.get("policy") != requested.get("policy"):
         names = {"policy"}
     for name in sorted(names):
