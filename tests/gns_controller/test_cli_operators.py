@@ -15,6 +15,8 @@ from gns_controller.core.policies import NoiseScalePolicyConfig
 from gns_controller.recordings import read_recording
 from tests.gns_controller.service import Server, registration, report
 
+pytestmark = pytest.mark.slow
+
 STAGES = {"policy": "stages", "stages": [{"from_samples": 100, "global_batch_size": 64}]}
 
 

@@ -13,6 +13,8 @@ import torch
 from trainer_hooks.examples.checkpoints import described, read_checkpoint
 from trainer_hooks.examples.train_lm import Job, parse_arguments
 
+pytestmark = pytest.mark.slow
+
 TEXT = Path(__file__).parents[3] / "gns_controller"
 TINY = [
     *("--corpus", str(TEXT), "--budget-samples", "1600", "--width", "16", "--layers", "1", "--heads", "2"),

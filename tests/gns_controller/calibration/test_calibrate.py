@@ -16,6 +16,8 @@ from tests.faults.test_demo import processes_naming
 from tests.gns_controller.service import run_cli
 from tests.torchrun import environment_with
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     *("--at-samples", "320,576", "--multiples", "1,2", "--branch-samples", "256", "--evaluations", "2"),
     *("--budget-samples", "3200", "--width", "16", "--layers", "1"),
