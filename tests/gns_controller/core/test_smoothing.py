@@ -34,6 +34,54 @@ def test_the_standard_error_is_that_of_repeated_averages() -> None:
     assert np.mean(errors) == pytest.approx(np.var(means), rel=0.13)
 
 
+def grown(values: list[float], *, beta: float) -> SignedAverage:
+    average = SignedAverage.started_by(values[0], growing=True)
+    for value in values[1:]:
+        average = average.updated(value, beta=beta)
+    return average
+
+
+def test_a_growing_average_gives_its_first_value_the_weight_of_polynomial_averaging() -> None:
+    # product of (j - 1) / (j + 3) for j = 2..10, telescoped
+    assert grown([1.0] + [0.0] * 9, beta=0.999).mean == pytest.approx(24 / (10 * 11 * 12 * 13), rel=1e-12)
+    assert grown([0.0] * 9 + [1.0], beta=0.999).mean == pytest.approx(4 / 13, rel=1e-12)
+
+
+def test_a_growing_average_ends_as_the_exponential_one() -> None:
+    beta, values = (
+        0.8,
+        [3.0, -1.0, 4.0, 1.0, -5.0, 9.0, 2.0, 6.0, -5.0, 3.0, 5.0, 8.0, 9.0, 7.0, 9.0, 3.0, 2.0, 3.0, 8.0, 4.0],
+    )
+    shares = [max(1 - beta, 4 / (n + 3)) for n in range(1, 21)]
+    assert shares[15] > 1 - beta >= shares[17] - 1e-15  # both kinds of weight occur
+    weights = [share * np.prod([1 - later for later in shares[n + 1 :]]) for n, share in enumerate(shares)]
+    average = grown(values, beta=beta)
+    assert sum(weights) == pytest.approx(1.0)
+    assert average.mean == pytest.approx(np.average(values, weights=weights))
+    assert average.sum_weights_sq == pytest.approx(sum(weight**2 for weight in weights))
+
+
+def test_the_standard_error_of_a_growing_average_is_that_of_repeated_averages() -> None:
+    rng = np.random.default_rng(3)
+    averages = [grown(list(rng.normal(size=60)), beta=0.93) for _ in range(2000)]
+    # Spread of 2000 sample variances: relative standard error 1/sqrt(1000) = 3.2 %.
+    assert np.mean([average.standard_error**2 for average in averages]) == pytest.approx(
+        np.var([average.mean for average in averages]), rel=0.13
+    )
+
+
+def test_a_falling_signal_is_no_noise_for_a_growing_average_and_most_of_the_error_of_an_exponential_one() -> None:
+    rng = np.random.default_rng(4)
+    falling = list(1.0 + 100 * np.exp(-np.arange(60) / 5) + 0.1 * rng.normal(size=60))
+    growing, exponential = grown(falling, beta=0.96), SignedAverage(mean=falling[0])
+    for value in falling[1:]:
+        exponential = exponential.updated(value, beta=0.96)
+    steady = 0.1 * math.sqrt(growing.sum_weights_sq)  # of values that differ by their noise alone
+    assert growing.standard_error < 3 * steady
+    assert exponential.standard_error > 30 * steady
+    assert exponential.mean - 1 > 50 * (growing.mean - 1)  # both lag behind the signal of 1
+
+
 def test_the_ratio_is_taken_after_averaging() -> None:
     rng = np.random.default_rng(1)
     smoothed = SmoothedNoiseScale.started_by(reading(noise_scale=1.0, signal=1.0))
