@@ -226,8 +226,8 @@ class AdaptiveBatch:
         if state is not None:
             check_state(state, optimizers)
         data_parallel = layout.data_parallel
-        coupling, optimizer_couplings = find_couplings(learning_rate_coupling, optimizers)
         check_steppable(optimizers, beta_coupling)
+        coupling, optimizer_couplings = find_couplings(learning_rate_coupling, optimizers)
         groups = find_groups(model, optimizers, geometries=geometries, exclude=exclude)
         rules = BatchRules(
             global_batch_size=global_batch_size,

@@ -112,6 +112,7 @@ def test_shadow_mode_changes_neither_rates_nor_betas() -> None:
     [
         ("Adagrad", {"geometries": {"Adagrad": "sign"}}, "Adagrad is known to be sound.*Say learning_rate_coupling="),
         ("LBFGS", {"learning_rate_coupling": "none", "geometries": {"LBFGS": "sign"}}, "its step wants a closure"),
+        ("LBFGS", {}, "its step wants a closure"),
         ("AdamW", {"beta_coupling": "halflife"}, "beta_coupling='halflife' does not exist; there are half_life, none"),
         ("AdamW", {"learning_rate_coupling": "cubic"}, "'cubic' does not exist; there are sqrt, linear, adascale"),
         ("AdamW", {"learning_rate_coupling": {"SGD": "sqrt"}}, r"names \['SGD'\], and the optimizers are AdamW"),
