@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from trainer_hooks.examples.checkpoints import described, read_checkpoint
-from trainer_hooks.examples.train_lm import Job, parse_arguments
+from trainer_hooks.examples.options import parse_arguments
+from trainer_hooks.examples.train_lm import Job
 
 pytestmark = pytest.mark.slow
 
