@@ -87,8 +87,13 @@ class Projections:
         return folded.projection
 
     def recent_steps_left(self, head: RunHead) -> int | None:
-        """Optimizer steps to the end, from a projection under the same plan and policy; None without a recent one."""
+        """Optimizer steps to the end, from a projection under the same plan and policy; None without a recent one.
+
+        After the last measurement 0, so that the series ends where the run does and does not vanish.
+        """
         last, kept = head.last_measurement, self._newest.get(head.run_id)
+        if last is not None and last.samples_seen >= head.specification.budget_samples:
+            return 0
         if last is None or kept is None or kept[1].projection is None:
             return None
         key, folded = kept

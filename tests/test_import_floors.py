@@ -60,8 +60,10 @@ SERVICE = {
     "gns_controller.doctor": (14, {"httpx"}),
     "gns_controller.remote": (14, {"httpx", "pydantic"}),
     "gns_controller.replaying": (14.5, {"pydantic"}),
+    "gns_controller.terminal": (14.5, {"typer"}),
+    "gns_controller.cli_runs": (14.7, {"typer", "rich", "pydantic"}),
     "gns_controller.cli": (15, {"typer", "uvicorn", "rich", "httpx", "pydantic"}),
-    "gns_controller.__main__": (16, set()),
+    "gns_controller.__main__": (16, {"typer"}),
 }
 TRAINER = {
     "trainer_hooks.estimators": (1, {"torch"}),

@@ -82,7 +82,7 @@ def test_settings_that_cannot_be_used_are_one_sentence_that_names_them(tmp_path:
 @pytest.mark.parametrize("missing", ["typer", "fastapi"])
 def test_a_missing_dependency_is_the_line_to_type(tmp_path: Path, missing: str) -> None:
     program = f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['gns-controller', 'serve', '--port', '0']\n"
-    program += "from gns_controller.cli import main; main()"
+    program += "from gns_controller.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 5
     assert "pip install 'gns-controller[service]'" in done.stderr
@@ -91,7 +91,7 @@ def test_a_missing_dependency_is_the_line_to_type(tmp_path: Path, missing: str) 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     program = (
-        "import sys\nsys.argv = ['gns-controller', '--help']\nfrom gns_controller.cli import main\n"
+        "import sys\nsys.argv = ['gns-controller', '--help']\nfrom gns_controller.__main__ import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "print(sorted({'fastapi', 'sqlalchemy', 'pydantic', 'httpx', 'uvicorn', 'torch'} & set(sys.modules)))"
     )

@@ -10,7 +10,8 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from gns_controller.cli import _savings_text, app
+from gns_controller.cli import app
+from gns_controller.cli_runs import _savings_text
 from gns_controller.core.policies import NoiseScalePolicyConfig
 from gns_controller.recordings import read_recording
 from tests.gns_controller.service import Server, registration, report

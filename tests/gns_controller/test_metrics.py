@@ -182,3 +182,11 @@ def test_steps_left_count_down_between_projections(service: Service, monkeypatch
         assert service.sample("gns_projected_steps_left", run_id="run") == first - 10
     service.report(report(101, samples=1616))
     assert service.sample("gns_projected_steps_left", run_id="run") == pytest.approx((100_000 - 1616) / 16, abs=1)
+
+
+def test_a_finished_run_has_no_steps_left(service: Service) -> None:
+    """The end of the series is a zero, and not a gap that looks like a fault."""
+    service.register(policy={"policy": "hold"})
+    service.report(report(1, samples=16))
+    service.report(report(6250, samples=100_000))
+    assert service.sample("gns_projected_steps_left", run_id="run") == 0
