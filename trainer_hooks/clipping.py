@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from trainer_hooks.capture import Layout
-from trainer_hooks.capture.layout import local_tensor
+from trainer_hooks.sharding import local_tensor
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,19 @@ from gns_controller.core.contract import BatchPlan
 from gns_controller.core.errors import GnsError, PlanDivergedError
 
 _MESSAGE_BYTES = 65536
+
+
+class Pending(NamedTuple):
+    """What a collective in the background fills."""
+
+    tensor: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """The tensor, filled as far as the device's own order of work goes."""
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
 
 
 @dataclass(frozen=True)
@@ -74,11 +87,33 @@ class RankGroup:
 
         Every rank knows every size beforehand, so sizes that do not match are our own bug.
         """
+        return self.start_exchange(outgoing, send_sizes=send_sizes, receive_sizes=receive_sizes).wait()
+
+    def start_exchange(self, outgoing: Tensor, *, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Pending:
+        """exchange, in the background. Bytes are sent, so any dtype passes unchanged over any backend."""
         if self.size == 1:
-            return outgoing
+            return Pending(outgoing, None)
+        width = outgoing.element_size()
         incoming = outgoing.new_empty(sum(receive_sizes))
-        dist.all_to_all_single(incoming, outgoing, list(receive_sizes), list(send_sizes), group=self.process_group)
-        return incoming
+        work = dist.all_to_all_single(
+            incoming.view(torch.uint8),
+            outgoing.view(torch.uint8),
+            [width * size for size in receive_sizes],
+            [width * size for size in send_sizes],
+            group=self.process_group,
+            async_op=True,
+        )
+        return Pending(incoming, work)
+
+    def start_gather(self, share: Tensor) -> Pending:
+        """All-gather of flat tensors of one length, in the background: (size * length,), in the order of ranks."""
+        if self.size == 1:
+            return Pending(share, None)
+        gathered = share.new_empty(self.size * share.numel())
+        work = dist.all_gather_into_tensor(
+            gathered.view(torch.uint8), share.view(torch.uint8), group=self.process_group, async_op=True
+        )
+        return Pending(gathered, work)
 
     def broadcast_message(self, message: dict[str, Any] | None) -> dict[str, Any]:
         """A small JSON object from rank 0 to all. Other ranks' argument is ignored."""

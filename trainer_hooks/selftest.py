@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gns_controller.core.errors import SelfTestError
 from trainer_hooks.capture import Dealing, GradientCapture, Layout
-from trainer_hooks.capture.layout import local_tensor, parameter_groups_of
+from trainer_hooks.capture.layout import parameter_groups_of
 from trainer_hooks.estimators import choose_patterns
+from trainer_hooks.sharding import local_tensor
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,11 @@ from gns_controller.core.policies import HoldPolicyConfig, Stage, StagesPolicyCo
 from tests.torchrun import end_rank
 from trainer_hooks import AdaptiveBatch
 from trainer_hooks.capture import Fsdp2Capture, find_layout
-from trainer_hooks.capture.layout import local_tensor, parameter_groups_of
+from trainer_hooks.capture.layout import parameter_groups_of
 from trainer_hooks.clipping import clip_grad_norm
 from trainer_hooks.estimators.geometries import SPLIT_SUMS
 from trainer_hooks.optim import Signum
+from trainer_hooks.sharding import local_tensor
 
 
 class Block(nn.Module):

@@ -23,8 +23,9 @@ from trainer_hooks.capture.accumulators import (
     statistics_dtype,
 )
 from trainer_hooks.capture.kept import KeptGradients
-from trainer_hooks.capture.layout import Layout, local_tensor
+from trainer_hooks.capture.layout import Layout
 from trainer_hooks.capture.step import CapturedStep, Dealing, Tally
+from trainer_hooks.sharding import local_tensor
 
 
 class DdpCapture:

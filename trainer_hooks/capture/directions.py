@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gns_controller.core.errors import InvalidInputError
-from trainer_hooks.capture.layout import local_tensor
+from trainer_hooks.sharding import local_tensor
 
 
 class Direction(NamedTuple):

@@ -23,10 +23,11 @@ from torch.distributed.tensor import DTensor
 from gns_controller.core.contract import Estimator
 from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.capture.accumulators import FlatBuffer, SignedAccumulator, statistics_dtype
-from trainer_hooks.capture.layout import Layout, local_tensor, parameter_groups_of
+from trainer_hooks.capture.layout import Layout, parameter_groups_of
 from trainer_hooks.capture.owners import Owners
 from trainer_hooks.capture.step import CapturedStep, Dealing, Tally
 from trainer_hooks.collectives import scatter_sum, sum_over
+from trainer_hooks.sharding import local_tensor
 
 
 class Fsdp2Capture:

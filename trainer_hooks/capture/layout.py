@@ -1,4 +1,4 @@
-"""How a model is spread over ranks, found from the model itself, and which block of each parameter is whose."""
+"""How a model is spread over ranks, found from the model itself."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.collectives import RankGroup, group_of
+from trainer_hooks.sharding import members_of
 
 
 class DataParallel(NamedTuple):
@@ -78,7 +78,7 @@ def find_layout(model: nn.Module, process_group: Any = None) -> Layout:
                 "fully_shard: do that first, so that gradients are averaged."
             )
         return Layout("single process", ranks, DataParallel(0, 1), 1, ())
-    members = sorted((_members(mesh) for mesh in meshes), key=len)
+    members = sorted((members_of(mesh) for mesh in meshes), key=len)
     if not all(set(found) <= set(members[-1]) for found in members):
         raise InvalidInputError(
             "the model's parameters live on different sets of ranks (expert parallel?), which is not supported."
@@ -121,53 +121,6 @@ def _data_parallel_mesh(sharded: Sequence[FSDPModule]) -> DeviceMesh:
     meshes: list[DeviceMesh] = [group.mesh_info.mesh for module in sharded for group in parameter_groups_of(module)]
     if not meshes:
         raise InvalidInputError("fully_shard was applied, but to no module with parameters.")
-    if len({_members(mesh) for mesh in meshes}) > 1:
+    if len({members_of(mesh) for mesh in meshes}) > 1:
         raise InvalidInputError("fully_shard was applied with different meshes, which is not supported.")
     return meshes[0]
-
-
-def _members(mesh: DeviceMesh) -> tuple[int, ...]:
-    return tuple(mesh.mesh.flatten().tolist())
-
-
-class Piece(NamedTuple):
-    """The block of one parameter that one rank holds."""
-
-    copy: tuple[int, int]
-    """Which of several identical copies of the parameter this block belongs to: the first rank of the mesh that holds
-    it, and a number within that mesh."""
-    offset: tuple[int, ...]
-    """Of the block's first element in the whole parameter."""
-    shape: tuple[int, ...]
-    """Of the block; may be empty."""
-
-
-def piece_of(parameter: Tensor, layout: Layout) -> Piece:
-    """This rank's block of one parameter."""
-    if not isinstance(parameter, DTensor):
-        shape = tuple(parameter.shape)
-        return Piece((layout.ranks.rank, 0), (0,) * len(shape), shape)
-    mesh = parameter.device_mesh
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    placements = [_normalized(placement, parameter.ndim) for placement in parameter.placements]
-    copy = 0
-    for axis, placement in enumerate(placements):
-        if isinstance(placement, Replicate):
-            copy = copy * mesh.size(axis) + coordinate[axis]
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
-    return Piece((min(_members(mesh)), copy), tuple(offset), tuple(shape))
-
-
-def _normalized(placement: Placement, ndim: int) -> Placement:
-    """Tensor-parallel plans leave Shard(-1) behind, which torch's own arithmetic refuses."""
-    return Shard(placement.dim % ndim) if type(placement) is Shard and placement.dim < 0 else placement
-
-
-def local_tensor(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """This rank's block of a DTensor (laid out as `like` is), or the tensor itself."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    if isinstance(like, DTensor) and tensor.placements != like.placements:
-        tensor = tensor.redistribute(placements=like.placements)
-    return tensor.to_local()

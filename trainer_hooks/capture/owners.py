@@ -10,16 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gns_controller.core.contract import Geometry
-from trainer_hooks.capture.layout import Layout, Piece, piece_of
-
-
-def balanced(costs: Sequence[float], *, size: int) -> list[int]:
-    """The bin of each item: heaviest first, always into the least loaded bin."""
-    load, bins = [0.0] * size, [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        bins[index] = min(range(size), key=load.__getitem__)
-        load[bins[index]] += costs[index]
-    return bins
+from trainer_hooks.capture.layout import Layout
+from trainer_hooks.sharding import Piece, balanced, piece_of
 
 
 class Owners:
@@ -34,7 +26,7 @@ class Owners:
         ranks = layout.ranks
         self.rank, self.size = ranks.rank, ranks.size
         self._ranks = ranks
-        mine = [piece_of(parameter, layout) for parameter in parameters]
+        mine = [piece_of(parameter, rank=ranks.rank) for parameter in parameters]
         self.sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
         if self.sharded:
             self._pieces: list[list[Piece]] = ranks.gather_objects(mine)

@@ -48,7 +48,7 @@ def build_optimizers(
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "blocks." in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "blocks." not in n]
     return [
-        Muon(hidden, lr=learning_rate, momentum=0.95 if momentum is None else momentum),
+        Muon(hidden, lr=learning_rate, momentum=0.95 if momentum is None else momentum, dtype=None),
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 

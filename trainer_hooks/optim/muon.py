@@ -5,40 +5,50 @@ M = rows, N = columns, B = matrices of one shape.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from gns_controller.core.errors import GeometryError, InvalidInputError
 from trainer_hooks.kernels import NEWTON_SCHULZ_5, OrthogonalizationSchedule, orthogonalize
+from trainer_hooks.optim.base import MatrixOptimizer
+from trainer_hooks.optim.decay import Decay, check_settings, gradient_of, state_block
+from trainer_hooks.optim.matrices import MatrixState
+from trainer_hooks.optim.scales import Scale, update_scale
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized matrix by matrix, with decoupled weight decay.
+class Muon(MatrixOptimizer):
+    """Momentum, orthogonalized matrix by matrix.
 
         m <- beta m + (1 - beta) g            u = (1 - beta) g + beta m  (Nesterov)  or  m
-        w <- w (1 - lr weight_decay) - lr max(1, M/N)^(1/2) orthogonalize(u)
-
-    Matrices of equal shape are orthogonalized in one batch.
+        w <- w (1 - lr weight_decay) - lr scale(M, N) orthogonalize(u)
 
     Args:
-        params: 2-D parameters or groups of them. Give embeddings, heads, norms and biases to AdamW.
-        lr: in units of spectral norm per step.
-        momentum: beta in [0, 1).
+        params: matrices, or groups of them. Give embeddings, heads, norms and biases to AdamW. A group may say
+            split_sizes (rows of fused projections), num_heads (each head by itself) and batched (stacked experts).
+        lr: in units of the scaled update.
+        momentum: beta in [0, 1); an average, kept in the parameter's dtype and layout.
         nesterov: look ahead along the momentum.
-        weight_decay: decoupled, times lr.
-        schedule: polynomials of the orthogonalization.
+        weight_decay: times lr, or times lr over the first lr: see decay.
+        scale: "shape" max(1, M/N)^(1/2), "spectral" (M/N)^(1/2), "rms_match" 0.2 max(M, N)^(1/2), which gives
+            updates the RMS of AdamW's, or "none".
+        decay: "decoupled" or "independent".
+        cautious: decay only entries that the update moves towards zero.
+        maximize: ascend.
+        schedule: polynomials of the orthogonalization, whose accuracy docs/reference/kernels.md tells.
+        dtype: of the iteration. None: the parameter's own.
+        process_group: ranks that hold copies of the same plain parameters (DDP) and share the work. DTensors need none.
 
     Raises:
-        GeometryError: a parameter is not a matrix.
+        GeometryError: a parameter is no matrix, or its splits do not fit.
         InvalidInputError: a setting out of range.
 
-    Source: Jordan et al. 2024 (Muon), EMA form.
+    Source: Jordan et al. 2024 (Muon), EMA form; rms_match: arXiv:2502.16982; spectral: arXiv:2409.20325.
     """
+
+    averages: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def __init__(
         self,
@@ -48,62 +58,42 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.0,
+        scale: Scale = "shape",
+        decay: Decay = "decoupled",
+        cautious: bool = False,
+        maximize: bool = False,
         schedule: OrthogonalizationSchedule = NEWTON_SCHULZ_5,
+        dtype: torch.dtype | None = torch.bfloat16,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if lr < 0 or not 0 <= momentum < 1 or weight_decay < 0:
-            raise InvalidInputError(f"Muon needs lr >= 0, 0 <= momentum < 1, got {lr=}, {momentum=}, {weight_decay=}.")
-        super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
-        self._schedule = schedule
+        self._schedule, self._dtype = schedule, dtype
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "scale": scale,
+            "decay": decay,
+            "cautious": cautious,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, process_group=process_group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; each must be a matrix."""
+        """Add matrices, with settings of their own if the group has any. On every rank alike."""
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if isinstance(param, DTensor):
-                raise GeometryError(
-                    f"Muon takes whole matrices, and this one of shape {tuple(param.shape)} is sharded; "
-                    "use DistributedDataParallel, or a Muon made for FSDP2 (its class name decides what is measured)."
-                )
-            if param.ndim != 2:
-                raise GeometryError(
-                    f"Muon takes 2-D parameters, got shape {tuple(param.shape)}; give this one to AdamW."
-                )
+        group = self.param_groups[-1]
+        check_settings("Muon", momentum=(group["momentum"], 0, 1))
+        update_scale(group["scale"], rows=1, columns=1)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; parameters without gradient are left alone."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            by_shape: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
-            for param in group["params"]:
-                if param.grad is not None:
-                    by_shape[param.shape, param.dtype, param.device].append(param)
-            for params in by_shape.values():
-                self._step_equal_shapes(params, group)
-        return loss
+    def _directions(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        grads = [gradient_of(parameter, group) for parameter in parameters]
+        momenta = [state_block(self.state[parameter], "momentum", parameter) for parameter in parameters]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        return list(torch._foreach_lerp(grads, momenta, group["momentum"])) if group["nesterov"] else momenta
 
-    def _step_equal_shapes(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads: list[Tensor] = [param.grad for param in params if param.grad is not None]
-        momenta = []
-        for param in params:
-            state = self.state[param]
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(param)
-            momenta.append(state["momentum"])
-        beta = group["momentum"]
-        torch._foreach_lerp_(momenta, grads, 1 - beta)
-        directions = torch._foreach_lerp(grads, momenta, beta) if group["nesterov"] else momenta
-        updates_BMN = orthogonalize(torch.stack(directions), schedule=self._schedule)
-        num_rows, num_columns = params[0].shape
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(
-            params, list(updates_BMN.unbind()), alpha=-group["lr"] * max(1.0, num_rows / num_columns) ** 0.5
-        )
+    def _updates(self, matrices_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], step: int) -> Tensor:
+        return orthogonalize(matrices_BMN, schedule=self._schedule, dtype=self._dtype)
+
+    def _scale(self, rows: int, columns: int, group: dict[str, Any]) -> float:
+        return update_scale(group["scale"], rows=rows, columns=columns)

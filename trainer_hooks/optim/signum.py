@@ -1,19 +1,27 @@
-"""Signum: steepest descent in the l-infinity norm, along the sign of the momentum."""
+"""SignSGD and Signum: steepest descent in the l-infinity norm, along the sign of the gradient or of its average."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from gns_controller.core.errors import InvalidInputError
+from trainer_hooks.optim.decay import (
+    Decay,
+    blocks_of,
+    check_decay,
+    check_settings,
+    descend,
+    gradient_of,
+    remember_peak,
+    state_block,
+)
 
 
 class Signum(torch.optim.Optimizer):
-    """Sign of an exponential average of gradients, with decoupled weight decay.
+    """Sign of an exponential average of gradients.
 
         m <- beta m + (1 - beta) g        w <- w (1 - lr weight_decay) - lr sign(m)
 
@@ -23,7 +31,9 @@ class Signum(torch.optim.Optimizer):
         params: parameters or groups.
         lr: size of every entry's step.
         momentum: beta in [0, 1).
-        weight_decay: decoupled, times lr.
+        weight_decay: times lr, or times lr over the first lr: see decay.
+        decay: "decoupled" or "independent".
+        maximize: ascend.
 
     Raises:
         InvalidInputError: a setting out of range.
@@ -31,14 +41,29 @@ class Signum(torch.optim.Optimizer):
     Source: Bernstein et al. 2018, arXiv:1802.04434 (with decoupled decay).
     """
 
+    averages: ClassVar[tuple[str, ...]] = ("momentum",)
+
     def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, *, momentum: float = 0.9, weight_decay: float = 0.0
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        decay: Decay = "decoupled",
+        maximize: bool = False,
     ) -> None:
-        if lr < 0 or not 0 <= momentum < 1 or weight_decay < 0:
-            raise InvalidInputError(
-                f"Signum needs lr >= 0 and 0 <= momentum < 1, got {lr=}, {momentum=}, {weight_decay=}."
-            )
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decay": decay, "maximize": maximize}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with settings of their own if the group has any."""
+        super().add_param_group(param_group)
+        group, kind, infinity = self.param_groups[-1], type(self).__name__, float("inf")
+        check_settings(kind, lr=(group["lr"], 0, infinity), momentum=(group["momentum"], 0, 1))
+        check_settings(kind, weight_decay=(group["weight_decay"], 0, infinity))
+        check_decay(kind, group["decay"])
+        remember_peak(group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -46,33 +71,51 @@ class Signum(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; parameters without gradient are left alone."""
+        """One step; parameters without gradient are left alone. Blocks of DTensors are stepped where they lie."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params: list[Tensor] = [param for param in group["params"] if param.grad is not None]
-            # One foreach operation takes plain tensors or DTensors; a tensor-parallel plan leaves both in a model.
-            for is_sharded in (False, True):
-                alike = [param for param in params if isinstance(param, DTensor) is is_sharded]
-                if alike:
-                    self._step_together(alike, group)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            directions = self._averaged(parameters, group)
+            descend(blocks_of(parameters), list(torch._foreach_sign(directions)) if directions else [], group)
         return loss
 
-    def _step_together(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        directions: list[Tensor] = [param.grad for param in params if param.grad is not None]
-        if group["momentum"] > 0:
-            momenta = [_momentum(self.state[param], param) for param in params]
-            torch._foreach_lerp_(momenta, directions, 1 - group["momentum"])
-            directions = momenta
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, torch._foreach_sign(directions), alpha=-group["lr"])
+    def _averaged(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        grads = [gradient_of(parameter, group) for parameter in parameters]
+        if not group["momentum"] or not parameters:
+            return grads
+        momenta = [state_block(self.state[parameter], "momentum", parameter) for parameter in parameters]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        return momenta
 
 
-def _momentum(state: dict[str, Any], param: Tensor) -> Tensor:
-    if "momentum" not in state:
-        state["momentum"] = torch.zeros_like(param)
-    buffer: Tensor = state["momentum"]
-    return buffer
+class SignSGD(Signum):
+    """Sign of the gradient.
+
+        w <- w (1 - lr weight_decay) - lr sign(g)
+
+    Args:
+        params: parameters or groups.
+        lr: size of every entry's step.
+        weight_decay: times lr, or times lr over the first lr: see decay.
+        decay: "decoupled" or "independent".
+        maximize: ascend.
+
+    Raises:
+        InvalidInputError: a setting out of range.
+
+    Source: Bernstein et al. 2018, arXiv:1802.04434.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        decay: Decay = "decoupled",
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(params, lr, momentum=0.0, weight_decay=weight_decay, decay=decay, maximize=maximize)

@@ -45,7 +45,7 @@ def test_without_momentum_signum_is_sign_descent() -> None:
 def test_muon_follows_its_recursion(shape: tuple[int, int]) -> None:
     grads = gradients(*shape)
     parameter = torch.nn.Parameter(torch.ones(shape))
-    found = run(Muon([parameter], lr=0.02, weight_decay=0.1), parameter, grads)
+    found = run(Muon([parameter], lr=0.02, weight_decay=0.1, dtype=None), parameter, grads)
     weight, momentum = torch.ones(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     for grad in grads:
         momentum = 0.95 * momentum + 0.05 * grad
@@ -95,7 +95,7 @@ def test_a_saved_optimizer_goes_on_as_if_never_stopped(kind: type[torch.optim.Op
 
 
 def test_what_they_cannot_do_is_said() -> None:
-    with pytest.raises(GeometryError, match="give this one to AdamW"):
+    with pytest.raises(GeometryError, match="give it to AdamW"):
         Muon([torch.nn.Parameter(torch.zeros(3))])
     with pytest.raises(InvalidInputError, match="0 <= momentum < 1"):
         Signum([torch.nn.Parameter(torch.zeros(3))], momentum=1.0)

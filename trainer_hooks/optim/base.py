@@ -1,0 +1,272 @@
+"""What optimizers of whole matrices share: one step for one process, DDP, FSDP2 and HSDP.
+
+State of the parameter's own shape lies beside the parameter, in its layout, on every rank that holds a block. State of
+matrices (factors, bases) lies on the one rank that computes the update, the matrix's owner.
+
+M = rows, N = columns, B = matrices of one shape.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from math import prod
+from typing import Any, ClassVar, NamedTuple, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from gns_controller.core.errors import GeometryError, InvalidInputError
+from trainer_hooks.optim.decay import blocks_of, check_decay, check_settings, descend, gradient_of, remember_peak
+from trainer_hooks.optim.exchange import Exchange, layout_key
+from trainer_hooks.optim.matrices import MatrixState, matrices_of
+
+_MAX_BATCH_NUMEL = 2**27
+"""Entries of one batch of matrices: bounds what an update takes besides the state."""
+
+
+class _Member(NamedTuple):
+    parameter: Tensor
+    group: dict[str, Any]
+
+
+class _Item(NamedTuple):
+    """One matrix of one parameter, on its owner."""
+
+    matrix: Tensor
+    state: MatrixState
+    update: Tensor
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Base of optimizers whose update of a matrix needs the whole matrix.
+
+    Args:
+        params: parameters or groups. A group may say split_sizes, num_heads and batched (see matrices_of).
+        defaults: lr, weight_decay, decay, cautious, maximize and the optimizer's own settings.
+        process_group: ranks that hold copies of the same plain parameters (DDP), between which the work is divided.
+            None: every rank does all of it. DTensors (FSDP2, HSDP) need nothing: their mesh says who holds what.
+
+    Raises:
+        GeometryError: a parameter is no matrix.
+        InvalidInputError: a setting out of range.
+    """
+
+    averages: ClassVar[tuple[str, ...]] = ()
+    """Group settings that are weights of the past in exponential averages: those that follow a batch on request."""
+    owns_state: ClassVar[bool] = False
+    """Whether owners keep state of matrices. Its checkpoints then need every rank: see consolidated_state_dict."""
+
+    def __init__(
+        self, params: Iterable[Any], defaults: dict[str, Any], *, process_group: dist.ProcessGroup | None = None
+    ) -> None:
+        self._process_group = process_group
+        self._exchanges: list[tuple[Exchange, list[_Member]]] | None = None
+        self._loaded = False
+        defaults = {"split_sizes": None, "num_heads": None, "batched": False, **defaults}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; each must hold matrices. On every rank alike."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        kind = type(self).__name__
+        check_settings(kind, lr=(group["lr"], 0, float("inf")), weight_decay=(group["weight_decay"], 0, float("inf")))
+        check_decay(kind, group["decay"])
+        remember_peak(group)
+        for parameter in group["params"]:
+            self._check_parameter(parameter, group)
+        self._exchanges = None
+
+    def _check_parameter(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Whether a parameter is one that this optimizer takes."""
+        try:
+            matrices_of(torch.empty(parameter.shape, device="meta"), group)
+        except GeometryError as error:
+            raise GeometryError(f"{type(self).__name__}: {error}") from None
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step; parameters without gradient are left alone. Every rank that holds the parameters calls it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for exchange, members in self._divided():
+            updates = exchange.run(self._outgoing(members), partial(self._owned_updates, members))
+            for group in self.param_groups:
+                moving = [
+                    (member.parameter, update)
+                    for member, update in zip(members, updates, strict=True)
+                    if member.group is group and member.parameter.grad is not None
+                ]
+                self._apply([parameter for parameter, _ in moving], [update for _, update in moving], group)
+        return loss
+
+    @abstractmethod
+    def _updates(self, matrices_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], step: int) -> Tensor:
+        """Updates of matrices of one shape, on their owner, before scale and learning rate: (B, M, N).
+
+        Args:
+            matrices_BMN: what _directions gave, whole; may be overwritten.
+            states: of each matrix.
+            group: the settings.
+            step: of this parameter, from 1; only if owns_state.
+        """
+
+    def _directions(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """What owners need of each parameter: this rank's blocks, in the parameters' own layout. Not to be kept."""
+        return [gradient_of(parameter, group) for parameter in parameters]
+
+    def _cost(self, parameter: Tensor, group: dict[str, Any]) -> float:
+        """Of one update, in products, for dividing the work."""
+        matrices = matrices_of(torch.empty(parameter.shape, device="meta"), group)
+        return float(sum(matrix.numel() * min(matrix.shape) for matrix in matrices))
+
+    def _scale(self, rows: int, columns: int, group: dict[str, Any]) -> float:
+        """Factor on the update of an (rows, columns) matrix."""
+        return 1.0
+
+    def _block_size(self, group: dict[str, Any]) -> int | None:
+        """Rows and columns of the largest piece that is preconditioned by itself."""
+        return None
+
+    def _apply(self, parameters: Sequence[Tensor], updates: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """Move this rank's blocks."""
+        descend(blocks_of(parameters), updates, group)
+
+    def _divided(self) -> list[tuple[Exchange, list[_Member]]]:
+        """Who computes what: made at the first step, a function of the parameters alone."""
+        if self._exchanges is None:
+            alike: dict[Any, list[_Member]] = {}
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.requires_grad:
+                        alike.setdefault(layout_key(parameter), []).append(_Member(parameter, group))
+            self._exchanges = [
+                (
+                    Exchange(
+                        [member.parameter for member in members],
+                        [self._cost(*member) for member in members],
+                        self._process_group,
+                    ),
+                    members,
+                )
+                for members in alike.values()
+            ]
+        if self._loaded:
+            self._forget_what_others_own()
+        return self._exchanges
+
+    def _outgoing(self, members: Sequence[_Member]) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        for group in self.param_groups:
+            ready = [m.parameter for m in members if m.group is group and m.parameter.grad is not None]
+            found.update(zip(map(id, ready), self._directions(ready, group) if ready else [], strict=True))
+        blocks = blocks_of([member.parameter for member in members])
+        return [
+            found[id(member.parameter)].to(block.dtype) if id(member.parameter) in found else torch.zeros_like(block)
+            for member, block in zip(members, blocks, strict=True)
+        ]
+
+    def _owned_updates(
+        self, members: Sequence[_Member], indexes: Sequence[int], whole: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Whole updates of parameters that this rank owns, in batches of one shape."""
+        results = [torch.zeros_like(matrix, memory_format=torch.contiguous_format) for matrix in whole]
+        batches: dict[Any, list[_Item]] = {}
+        for index, matrix, result in zip(indexes, whole, results, strict=True):
+            parameter, group = members[index]
+            if parameter.grad is None:
+                continue
+            state = self._matrix_state(parameter)
+            step = int(state["step"]) if self.owns_state else 0
+            block_size = self._block_size(group)
+            pieces = matrices_of(matrix.contiguous(), group, block_size=block_size)
+            targets = matrices_of(result, group, block_size=block_size)
+            for number, (piece, target) in enumerate(zip(pieces, targets, strict=True)):
+                key = (id(group), step, tuple(piece.shape))
+                batches.setdefault(key, []).append(_Item(piece, MatrixState(state, number), target))
+        groups = {id(member.group): member.group for member in members}
+        for (group_id, step, shape), items in batches.items():
+            at_once = max(_MAX_BATCH_NUMEL // prod(shape), 1)
+            for start in range(0, len(items), at_once):
+                self._update_batch(items[start : start + at_once], groups[group_id], step)
+        return results
+
+    def _update_batch(self, items: Sequence[_Item], group: dict[str, Any], step: int) -> None:
+        matrices_BMN = torch.stack([item.matrix for item in items])
+        updates_BMN = self._updates(matrices_BMN, [item.state for item in items], group, step)
+        scale = self._scale(matrices_BMN.shape[1], matrices_BMN.shape[2], group)
+        if scale != 1:
+            updates_BMN = updates_BMN * scale
+        torch._foreach_copy_([item.update for item in items], list(updates_BMN.unbind()))
+
+    def _matrix_state(self, parameter: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[parameter]
+        if self.owns_state:
+            if "step" not in state:
+                if self._loaded and any("step" in other for other in self.state.values()):
+                    raise InvalidInputError(
+                        f"the checkpoint has no {type(self).__name__} state for a parameter of shape "
+                        f"{tuple(parameter.shape)}: each rank holds only the matrices it owns. Save with "
+                        "torch.distributed.checkpoint on every rank, or save consolidated_state_dict()."
+                    )
+                state["step"] = torch.tensor(0.0)
+            state["step"] += 1
+        return state
+
+    def _forget_what_others_own(self) -> None:
+        """After a checkpoint of other ranks' matrices, too, was loaded."""
+        if not self.owns_state or self._exchanges is None:
+            return
+        for exchange, members in self._exchanges:
+            for index, member in enumerate(members):
+                if not exchange.is_mine(index):
+                    self.state.pop(member.parameter, None)
+
+    def consolidated_state_dict(self) -> dict[str, Any]:
+        """state_dict with the matrices of every rank, on the CPU. Every rank calls it and gets all.
+
+        For torch.save from one rank. torch.distributed.checkpoint saves each rank's own share and does not need it.
+        Blocks of DTensors stay blocks.
+        """
+        found = self.state_dict()
+        if not self.owns_state:
+            return found
+        numbers: dict[int, int] = {}
+        for group, packed in zip(self.param_groups, found["param_groups"], strict=True):
+            numbers.update(zip(map(id, group["params"]), packed["params"], strict=True))
+        for exchange, members in self._divided():
+            mine = {
+                numbers[id(member.parameter)]: {
+                    name: value.cpu() if isinstance(value, Tensor) else value
+                    for name, value in self.state[member.parameter].items()
+                    if not isinstance(value, DTensor)
+                }
+                for index, member in enumerate(members)
+                if exchange.is_mine(index) and member.parameter in self.state
+            }
+            for theirs in exchange.gather_objects(mine):
+                assert isinstance(theirs, dict)
+                for number, state in theirs.items():
+                    found["state"].setdefault(number, {}).update(state)
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load, keeping the dtype that each buffer was saved in: factors stay float32 beside bfloat16 parameters."""
+        super().load_state_dict(state_dict)
+        self._loaded = True
+        for group, packed in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for parameter, number in zip(group["params"], packed["params"], strict=True):
+                for name, saved in state_dict["state"].get(number, {}).items():
+                    kept = self.state[parameter][name]
+                    if isinstance(saved, Tensor) and kept.dtype != saved.dtype:
+                        self.state[parameter][name] = saved.detach().to(device=kept.device, copy=True)
