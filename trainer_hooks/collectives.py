@@ -110,9 +110,8 @@ class RankGroup:
         if self.size == 1:
             return Pending(share, None)
         gathered = share.new_empty(self.size * share.numel())
-        work = dist.all_gather_into_tensor(
-            gathered.view(torch.uint8), share.view(torch.uint8), group=self.process_group, async_op=True
-        )
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        work = all_gather(gathered.view(torch.uint8), share.view(torch.uint8), group=self.process_group, async_op=True)
         return Pending(gathered, work)
 
     def broadcast_message(self, message: dict[str, Any] | None) -> dict[str, Any]:

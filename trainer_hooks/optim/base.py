@@ -30,7 +30,8 @@ _MAX_BATCH_NUMEL = 2**27
 
 class _Member(NamedTuple):
     parameter: Tensor
-    group: dict[str, Any]
+    group: int
+    """Its number: load_state_dict makes new groups."""
 
 
 class _Item(NamedTuple):
@@ -101,11 +102,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for exchange, members in self._divided():
             updates = exchange.run(self._outgoing(members), partial(self._owned_updates, members))
-            for group in self.param_groups:
+            for number, group in enumerate(self.param_groups):
                 moving = [
                     (member.parameter, update)
                     for member, update in zip(members, updates, strict=True)
-                    if member.group is group and member.parameter.grad is not None
+                    if member.group == number and member.parameter.grad is not None
                 ]
                 self._apply([parameter for parameter, _ in moving], [update for _, update in moving], group)
         return loss
@@ -138,6 +139,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Rows and columns of the largest piece that is preconditioned by itself."""
         return None
 
+    def _pieces(self, whole: Tensor, group: dict[str, Any]) -> list[Tensor]:
+        """Views of a whole parameter, one per matrix that is updated by itself."""
+        return matrices_of(whole, group, block_size=self._block_size(group))
+
+    def _needs_whole(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        """Whether an update needs the whole parameter, on every rank alike. The others are left to the subclass."""
+        return True
+
     def _apply(self, parameters: Sequence[Tensor], updates: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Move this rank's blocks."""
         descend(blocks_of(parameters), updates, group)
@@ -146,15 +155,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Who computes what: made at the first step, a function of the parameters alone."""
         if self._exchanges is None:
             alike: dict[Any, list[_Member]] = {}
-            for group in self.param_groups:
+            for number, group in enumerate(self.param_groups):
                 for parameter in group["params"]:
-                    if parameter.requires_grad:
-                        alike.setdefault(layout_key(parameter), []).append(_Member(parameter, group))
+                    if self._needs_whole(parameter, group):
+                        alike.setdefault(layout_key(parameter), []).append(_Member(parameter, number))
             self._exchanges = [
                 (
                     Exchange(
                         [member.parameter for member in members],
-                        [self._cost(*member) for member in members],
+                        [self._cost(member.parameter, self.param_groups[member.group]) for member in members],
                         self._process_group,
                     ),
                     members,
@@ -167,8 +176,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _outgoing(self, members: Sequence[_Member]) -> list[Tensor]:
         found: dict[int, Tensor] = {}
-        for group in self.param_groups:
-            ready = [m.parameter for m in members if m.group is group and m.parameter.grad is not None]
+        for number, group in enumerate(self.param_groups):
+            ready = [m.parameter for m in members if m.group == number and m.parameter.grad is not None]
             found.update(zip(map(id, ready), self._directions(ready, group) if ready else [], strict=True))
         blocks = blocks_of([member.parameter for member in members])
         return [
@@ -183,22 +192,21 @@ class MatrixOptimizer(torch.optim.Optimizer):
         results = [torch.zeros_like(matrix, memory_format=torch.contiguous_format) for matrix in whole]
         batches: dict[Any, list[_Item]] = {}
         for index, matrix, result in zip(indexes, whole, results, strict=True):
-            parameter, group = members[index]
+            parameter, number = members[index]
             if parameter.grad is None:
                 continue
+            group = self.param_groups[number]
             state = self._matrix_state(parameter)
             step = int(state["step"]) if self.owns_state else 0
-            block_size = self._block_size(group)
-            pieces = matrices_of(matrix.contiguous(), group, block_size=block_size)
-            targets = matrices_of(result, group, block_size=block_size)
-            for number, (piece, target) in enumerate(zip(pieces, targets, strict=True)):
-                key = (id(group), step, tuple(piece.shape))
-                batches.setdefault(key, []).append(_Item(piece, MatrixState(state, number), target))
-        groups = {id(member.group): member.group for member in members}
-        for (group_id, step, shape), items in batches.items():
+            pieces = self._pieces(matrix.contiguous(), group)
+            targets = self._pieces(result, group)
+            for place, (piece, target) in enumerate(zip(pieces, targets, strict=True)):
+                key = (number, step, tuple(piece.shape))
+                batches.setdefault(key, []).append(_Item(piece, MatrixState(state, place), target))
+        for (number, step, shape), items in batches.items():
             at_once = max(_MAX_BATCH_NUMEL // prod(shape), 1)
             for start in range(0, len(items), at_once):
-                self._update_batch(items[start : start + at_once], groups[group_id], step)
+                self._update_batch(items[start : start + at_once], self.param_groups[number], step)
         return results
 
     def _update_batch(self, items: Sequence[_Item], group: dict[str, Any], step: int) -> None:
