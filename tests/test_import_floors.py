@@ -69,6 +69,7 @@ TRAINER = {
     "trainer_hooks.estimators": (1, {"torch"}),
     "trainer_hooks.kernels": (0.5, {"torch"}),
     "trainer_hooks.sharding": (0.7, {"torch"}),
+    "trainer_hooks.kinds": (0.7, {"torch"}),
     "trainer_hooks.collectives": (1, {"torch"}),
     "trainer_hooks.capture": (2, {"torch"}),
     "trainer_hooks.optim": (2, {"torch"}),

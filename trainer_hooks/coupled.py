@@ -19,13 +19,14 @@ from gns_controller.core.contract import BatchPlan, Geometry
 from gns_controller.core.coupling import default_couplings
 from gns_controller.core.errors import CouplingError, InvalidInputError
 from gns_controller.core.policies import AnyPolicyConfig, RunFacts, check_gains, check_policy
+from trainer_hooks.kinds import innermost, kind_of
 
 _LARGEST_BETA = math.nextafter(1.0, 0.0)
 
 _BETA_NAMES = ("betas", "beta1", "beta2", "beta3", "shampoo_beta")
 
-_MOMENTUM_IS_AN_AVERAGE = ("Muon", "Signum")
-"""Classes, ours and torch's, whose momentum is m <- beta m + (1 - beta) g."""
+_MOMENTUM_IS_AN_AVERAGE = ("Muon",)
+"""torch's classes whose momentum is m <- beta m + (1 - beta) g."""
 
 Betas = dict[str, tuple[float, ...]]
 """Setting of a param group -> its values, one for a number."""
@@ -43,7 +44,7 @@ def find_couplings(
     Raises:
         CouplingError: no rule is known to be sound for an optimizer, or there is none of that name.
     """
-    names = list(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers))
+    names = list(dict.fromkeys(map(kind_of, optimizers)))
     if given is None:
         return default_couplings(names)
     chosen = dict.fromkeys(names, given) if isinstance(given, str) else dict(given)
@@ -117,8 +118,7 @@ class CoupledOptimizers:
         self.base_betas: list[list[Betas]] | None = None
         if couples_betas:
             self.base_betas = [
-                [averages_of(type(optimizer).__name__, group) for group in optimizer.param_groups]
-                for optimizer in optimizers
+                [averages_of(kind_of(o), group, told=_told(o)) for group in o.param_groups] for o in optimizers
             ]
 
     def set_learning_rates(self, schedule_factor: float, plan: BatchPlan | None) -> None:
@@ -178,19 +178,22 @@ def factor_for(optimizer: torch.optim.Optimizer, plan: BatchPlan | None) -> floa
     """What a plan multiplies the scheduled rate of an optimizer with; 1 without a plan."""
     if plan is None:
         return 1.0
-    return plan.optimizer_factors.get(type(optimizer).__name__, plan.learning_rate_factor)
+    return plan.optimizer_factors.get(kind_of(optimizer), plan.learning_rate_factor)
 
 
-def averages_of(kind: str, group: Mapping[str, Any]) -> Betas:
+def averages_of(kind: str, group: Mapping[str, Any], *, told: Sequence[str] | None = None) -> Betas:
     """The settings of a param group that are weights of the past in an exponential average.
 
     Args:
         kind: class name of the optimizer.
         group: one of its param groups.
+        told: names of such settings, which our optimizers give in `averages`. None: what we know of the class.
 
     Raises:
         CouplingError: a momentum that is a sum, one that we do not know, or an average that forgets nothing.
     """
+    if told is not None:
+        return {name: _numbers(kind, name, group[name]) for name in told if group.get(name)}
     found: Betas = {}
     for name in (*_BETA_NAMES, *(("alpha",) if kind == "RMSprop" else ())):
         given = group.get(name)
@@ -212,6 +215,11 @@ def averages_of(kind: str, group: Mapping[str, Any]) -> Betas:
             raise CouplingError(
                 f"whether the momentum of {kind} is a sum or an average is not known; use beta_coupling='none'."
             )
+    return found
+
+
+def _told(optimizer: torch.optim.Optimizer) -> tuple[str, ...] | None:
+    found: tuple[str, ...] | None = getattr(innermost(optimizer), "averages", None)
     return found
 
 

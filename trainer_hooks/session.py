@@ -51,6 +51,7 @@ from trainer_hooks.client import Controller, Verdict, connect, orders_from, save
 from trainer_hooks.collectives import broadcast_plan
 from trainer_hooks.coupled import CoupledOptimizers, check_couplings, check_steppable, factor_for, find_couplings
 from trainer_hooks.estimators.spectral import SpectralNorms
+from trainer_hooks.kinds import boundary_interval, kind_of
 from trainer_hooks.measuring import Measuring
 from trainer_hooks.needs import needs_of
 from trainer_hooks.reporting import Stopwatch
@@ -237,6 +238,7 @@ class AdaptiveBatch:
             optimizer_couplings=optimizer_couplings,
             beta_coupling=beta_coupling,
             decision_delay_steps=decision_delay_steps,
+            plan_interval_steps=boundary_interval(optimizers),
         )
         policy = policy or NoiseScalePolicyConfig.recommended(budget_samples=budget_samples)
         check_measurable(global_batch_size=global_batch_size, data_parallel_size=data_parallel.size)
@@ -283,7 +285,7 @@ class AdaptiveBatch:
             data_parallel_size=int(state["data_parallel_size"]) if state else data_parallel.size,
             budget_samples=budget_samples,
             tokens_per_sample=tokens_per_sample,
-            optimizer=" + ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)),
+            optimizer=" + ".join(dict.fromkeys(map(kind_of, optimizers))),
             parameter_groups=tuple(group.description() for group in measuring.described_groups),
             measurement_interval=measurement_interval,
             measurement_budget=measurement_budget,
@@ -447,6 +449,7 @@ class AdaptiveBatch:
         Args:
             num_samples: samples of this step over all ranks.
         """
+        rules, before = self.specification.batch, self.plan.global_batch_size
         schedule_factor = self._schedule(self.samples_seen)
         was_measured = self.is_measured
         self.optimizer_step += 1
@@ -457,15 +460,19 @@ class AdaptiveBatch:
             if num_samples != self.plan.global_batch_size:
                 readings = []  # another batch than the plan's: its readings would be taken for the plan's
             cost = self._report(readings, schedule_factor=schedule_factor, measured_seconds=seconds)
-            self._due_exchanges.append(self.optimizer_step + self.specification.batch.decision_delay_steps)
+            self._due_exchanges.append(self.optimizer_step + rules.decision_delay_steps)
             self._measuring.settle(
                 cost,
                 optimizer_step=self.optimizer_step,
                 samples_seen=self.samples_seen,
                 batch_size=self.plan.global_batch_size,
             )
-        while self._due_exchanges and self._due_exchanges[0] <= self.optimizer_step:
+        while self._due_exchanges and self._is_due(self._due_exchanges[0]):
             self._exchange(self._due_exchanges.pop(0))
+        if self.plan.global_batch_size != before:
+            for optimizer in self.optimizers:
+                if hasattr(optimizer, "on_batch_change"):
+                    optimizer.on_batch_change(global_batch_size=self.plan.global_batch_size, previous=before)
         self._arm()
 
     def report_progress(self) -> None:
@@ -566,20 +573,25 @@ class AdaptiveBatch:
             logger.exception("measurement lost, training goes on: run_id=%s step=%d", self.run_id, self.optimizer_step)
         return cost
 
-    def _exchange(self, effective_step: int) -> None:
+    def _is_due(self, earliest_step: int) -> bool:
+        """Whether the plan of a measurement, waited for since that step, can come into force now."""
+        rules = self.specification.batch
+        return rules.effective_step(earliest_step - rules.decision_delay_steps) <= self.optimizer_step
+
+    def _exchange(self, earliest_step: int) -> None:
         """All ranks take rank 0's plan. Rank 0 waits for the controller no longer than the deadline."""
         proposed: BatchPlan | None = None
         verdict: Verdict | None = None
         if self._controller is not None:
             try:
                 verdict = self._controller.verdict(
-                    optimizer_step=effective_step - self.specification.batch.decision_delay_steps,
+                    optimizer_step=earliest_step - self.specification.batch.decision_delay_steps,
                     deadline_seconds=self._deadline_seconds,
                 )
                 proposed = verdict.plan
             except Exception:
                 # Whatever fails here, the other ranks wait in the broadcast: keep the plan and go on.
-                logger.exception("no decision, keeping plan: run_id=%s optimizer_step=%d", self.run_id, effective_step)
+                logger.exception("no decision, keeping plan: run_id=%s optimizer_step=%d", self.run_id, earliest_step)
             if proposed is None or self.specification.mode == "shadow":
                 proposed = self.plan
         plan = broadcast_plan(self.ranks, current=self.plan, proposed=proposed)

@@ -37,6 +37,14 @@ class BatchRules(FrozenModel):
     """What a batch change does to the optimizers' averages."""
     decision_delay_steps: Count = 1
     """Whole steps between a measurement and the plan it leads to. Hides the round trip to the controller."""
+    plan_interval_steps: PositiveCount = 1
+    """The batch changes only where the count of completed optimizer steps is a multiple of this. Outer optimizers
+    compare weights over so many steps, which then all have one batch."""
+
+    def effective_step(self, optimizer_step: int) -> int:
+        """Where a plan that a measurement of this step leads to comes into force."""
+        earliest = optimizer_step + self.decision_delay_steps
+        return -(-earliest // self.plan_interval_steps) * self.plan_interval_steps
 
 
 class BatchShape(NamedTuple):

@@ -235,12 +235,17 @@ def compare_log(
 
 
 def _steps(config: RunSpecification, rows: Sequence[ReplayedRow]) -> int:
-    """Optimizer steps to the last row's samples, each decision in force decision_delay_steps after its measurement."""
-    steps, samples = 0.0, 0
-    before = batch = config.batch.global_batch_size
+    """Optimizer steps to the last row's samples, each decision in force from its effective step on."""
+    steps, samples, waiting = 0.0, 0, 0
+    in_force = planned = config.batch.global_batch_size
     for row in rows:
         fresh = row.samples_seen - samples
-        delayed = min(config.batch.decision_delay_steps * before, fresh) if before != batch else 0
-        steps += delayed / before + (fresh - delayed) / batch
-        samples, before, batch = row.samples_seen, batch, row.replayed_batch_size
+        delayed = min(waiting, fresh)
+        steps += delayed / in_force + (fresh - delayed) / planned
+        samples, waiting = row.samples_seen, waiting - delayed
+        if not waiting:
+            in_force = planned
+        if row.replayed_batch_size != planned:
+            planned = row.replayed_batch_size
+            waiting = waiting or (config.batch.effective_step(row.optimizer_step) - row.optimizer_step) * in_force
     return round(steps)

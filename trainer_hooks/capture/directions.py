@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gns_controller.core.errors import InvalidInputError
+from trainer_hooks.kinds import innermost
 from trainer_hooks.sharding import local_tensor
 
 
@@ -42,6 +43,7 @@ def direction_of(optimizer: torch.optim.Optimizer, param_group: dict[str, Any], 
     Raises:
         InvalidInputError: an optimizer whose momentum we do not know.
     """
+    optimizer = innermost(optimizer)
     kind = type(optimizer).__name__
     if kind not in MOMENTUM_KEYS:
         raise InvalidInputError(
@@ -51,6 +53,8 @@ def direction_of(optimizer: torch.optim.Optimizer, param_group: dict[str, Any], 
     state = optimizer.state.get(parameter, {})
     found = state.get(MOMENTUM_KEYS[kind], state.get("momentum_buffer"))
     momentum = local_tensor(found) if isinstance(found, Tensor) else None
+    if momentum is not None and param_group.get("maximize"):
+        momentum = -momentum  # kept as an average of what is descended
     if kind == "SGD":
         mu, damping = float(param_group["momentum"]), float(param_group["dampening"])
         if mu == 0:

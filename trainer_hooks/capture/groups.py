@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from gns_controller.core.contract import Geometry, ParameterGroup
 from gns_controller.core.errors import GeometryError, InvalidInputError
+from trainer_hooks.kinds import kind_of
 
 logger = logging.getLogger(__name__)
 
 GEOMETRY_OF_OPTIMIZER: dict[str, Geometry] = {
-    "Muon": "spectral",
-    "Shampoo": "spectral",
-    "DistributedShampoo": "spectral",
-    "SOAP": "spectral",
+    **dict.fromkeys(("Muon", "SpecSGD", "Scion", "Dion", "NorMuon"), "spectral"),
+    **dict.fromkeys(("Shampoo", "DistributedShampoo", "EShampoo", "SOAP", "ASGO"), "spectral"),
+    "SignSGD": "sign",
     "Signum": "sign",
     "Lion": "sign",
     "Adam": "sign",
@@ -87,7 +87,7 @@ def find_groups(
             to measure.
         InvalidInputError: `exclude` is not a regular expression.
     """
-    kinds = {type(optimizer).__name__ for optimizer in optimizers}
+    kinds = set(map(kind_of, optimizers))
     strangers = sorted(set(geometries or {}) - kinds)
     if strangers:
         raise GeometryError(f"geometries names {strangers}, and the optimizers are {', '.join(sorted(kinds))}.")
@@ -109,7 +109,7 @@ def find_groups(
     names = {id(parameter): name.removeprefix("module.") for name, parameter in model.named_parameters()}
     found: dict[tuple[str, Geometry], tuple[list[Tensor], list[dict[str, Any]]]] = {}
     for optimizer in optimizers:
-        kind = type(optimizer).__name__
+        kind = kind_of(optimizer)
         if kind not in known:
             raise GeometryError(
                 f"the geometry of optimizer {kind} is not known; pass geometries={{{kind!r}: 'sign'}} "

@@ -76,7 +76,7 @@ def conclude(
             int(proposal.batch_size),
             data_parallel_size=measurement.data_parallel_size,
             version=max(previous.version, measurement.plan_version) + 1,
-            effective_step=measurement.optimizer_step + facts.rules.decision_delay_steps,
+            effective_step=facts.rules.effective_step(measurement.optimizer_step),
             noise_scale=None if judged.unresolved else judged.noise_scale,
             previous=previous,
         )

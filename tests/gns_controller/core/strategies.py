@@ -142,6 +142,7 @@ def runs(draw: st.DrawFn, policies: tuple[type[Any], ...] = tuple(ROOMS)) -> Run
         optimizer_couplings={"AdamW": "sqrt"} if trades else {"AdamW": "adamscale", "SGD": "linear"},
         beta_coupling=draw(st.sampled_from(["none", "half_life"])),
         decision_delay_steps=draw(st.integers(0, 3)),
+        plan_interval_steps=draw(st.sampled_from([1, 1, 7])),
     )
     return RunSpecification(batch=rules, data_parallel_size=ranks, budget_samples=BUDGET, policy=policy)
 

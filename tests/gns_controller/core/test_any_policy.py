@@ -67,7 +67,10 @@ def check_change(run: RunSpecification, before: PolicyState, found: NoiseScaleMe
     if policy.dwell is not None:
         steps = 0 if adopted else found.optimizer_step - before.changed_at_step
         assert policy.dwell.passed(steps=steps, samples=found.samples_seen - changed_at)
-    assert decision.plan.effective_step == found.optimizer_step + rules.decision_delay_steps
+    earliest = found.optimizer_step + rules.decision_delay_steps
+    assert decision.plan.effective_step == next(
+        s for s in itertools.count(earliest) if s % rules.plan_interval_steps == 0
+    )
     assert decision.plan.version > before.plan.version
     if new < old:
         assert not policy.monotone
