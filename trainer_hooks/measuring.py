@@ -90,6 +90,8 @@ class Measuring:
         self._next_unit_is_steps = interval is None or interval.steps is not None
         self._told_same_samples = self._told_incomplete = self._told_too_small = self._told_no_losses = False
         self.norm_seconds = 0.0
+        self.differences: dict[Tensor, Tensor] = {}
+        """Parameter -> this rank's block of (g_A - g_B) / 2, after a measured step with halves of equal size."""
         """Of the latest measured step: reductions and norms, on this rank."""
 
     # ---------------------------------------------------------------- before a step
@@ -178,6 +180,7 @@ class Measuring:
 
     def read(self) -> list[GroupReading]:
         """End of the last backward pass, before clipping: readings of a measured step, else none."""
+        self.differences = {}
         if self._capture is None:
             return []
         if self._layout.ranks.device.type == "cuda":
@@ -187,6 +190,8 @@ class Measuring:
         readings = self._reader.read(captured)
         self.norm_seconds = time.perf_counter() - began
         counts = captured.counts
+        if readings and captured.signed and 2 * counts.num_samples_a[0] == counts.num_samples:
+            self.differences = dict(zip(self._reader.parameters, captured.signed[0], strict=True))
         self._tell_that_ranks_cannot_be_compared()
         if counts.same_samples:
             self._tell_same_samples(counts.same_samples)

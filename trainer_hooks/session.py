@@ -51,7 +51,7 @@ from trainer_hooks.client import Controller, Verdict, connect, orders_from, save
 from trainer_hooks.collectives import broadcast_plan
 from trainer_hooks.coupled import CoupledOptimizers, check_couplings, check_steppable, factor_for, find_couplings
 from trainer_hooks.estimators.spectral import SpectralNorms
-from trainer_hooks.kinds import boundary_interval, kind_of
+from trainer_hooks.kinds import boundary_interval, check_boundaries, kind_of
 from trainer_hooks.measuring import Measuring
 from trainer_hooks.needs import needs_of
 from trainer_hooks.reporting import Stopwatch
@@ -228,6 +228,7 @@ class AdaptiveBatch:
             check_state(state, optimizers)
         data_parallel = layout.data_parallel
         check_steppable(optimizers, beta_coupling)
+        check_boundaries(optimizers, optimizer_step=int(state["optimizer_step"]) if state else 0)
         coupling, optimizer_couplings = find_couplings(learning_rate_coupling, optimizers)
         groups = find_groups(model, optimizers, geometries=geometries, exclude=exclude)
         rules = BatchRules(
@@ -429,6 +430,20 @@ class AdaptiveBatch:
         if self.is_measured:
             self.last_readings = self._unreported = readings
         return readings
+
+    def supply_halves(self, *, gradient_scale: Tensor | float = 1.0) -> None:
+        """Between `measure` and optimizer.step, for optimizers with update_bias_correction; else nothing happens.
+
+        After a measured step of the split estimator they get the difference of the two halves of the batch.
+
+        Args:
+            gradient_scale: what gradients were multiplied with since `measure`, by clipping.
+        """
+        for optimizer in self.optimizers:
+            if self._measuring.differences and getattr(optimizer, "wants_halves", False):
+                optimizer.supply_halves(  # type: ignore[attr-defined]
+                    {parameter: found * gradient_scale for parameter, found in self._measuring.differences.items()}
+                )
 
     def set_learning_rates(self) -> None:
         """Base learning rate x schedule(samples seen) x plan factor, into every param group; and `set_betas`."""

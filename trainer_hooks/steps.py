@@ -50,6 +50,7 @@ class StepSession(Protocol):
     ) -> AbstractContextManager[None]: ...
     def observe_loss(self, loss: Tensor, *, num_samples: int) -> None: ...  # noqa: D102
     def measure(self) -> Sequence[GroupReading]: ...  # noqa: D102
+    def supply_halves(self, *, gradient_scale: Tensor | float) -> None: ...  # noqa: D102
     def set_learning_rates(self) -> None: ...  # noqa: D102
     def advance(self, *, num_samples: int) -> None: ...  # noqa: D102
 
@@ -122,9 +123,12 @@ class Step:
             for optimizer in session.optimizers:
                 scaler.unscale_(optimizer)
         session.measure()
+        clipped: Tensor | float = 1.0
         if session.max_grad_norm is not None:
             trained = [p for optimizer in session.optimizers for g in optimizer.param_groups for p in g["params"]]
-            clip_grad_norm(trained, session.max_grad_norm, session.layout)
+            norm = clip_grad_norm(trained, session.max_grad_norm, session.layout)
+            clipped = (session.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        session.supply_halves(gradient_scale=clipped)
         for optimizer in session.optimizers:
             if scaler is None:
                 optimizer.step()
