@@ -14,7 +14,7 @@ from tests.torchrun import torchrun
 @pytest.mark.slow
 def test_the_example_job_trains_fully_sharded_and_says_what_measuring_took(tmp_path: Path) -> None:
     output = tmp_path / "run.jsonl"
-    arguments = ["--fully-shard", "--optimizer", "adamw", "--budget-samples", "2000", "--evaluations", "2"]
+    arguments = ["--fully-shard", "--optimizer", "muon", "--budget-samples", "2000", "--evaluations", "2"]
     arguments += ["--measurement-budget", "0.1", "--output", str(output), "--spool-directory", str(tmp_path / "spool")]
     torchrun("trainer_hooks.examples.train_lm", *arguments, num_ranks=2)
     records = [json.loads(line) for line in output.read_text().splitlines()]
@@ -27,5 +27,6 @@ def test_the_example_job_trains_fully_sharded_and_says_what_measuring_took(tmp_p
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_what_the_example_cannot_do_sharded_is_said_on_the_command_line() -> None:
-    result = torchrun("trainer_hooks.examples.train_lm", "--fully-shard", num_ranks=1, expect_status=(1,))
-    assert "--fully-shard needs --optimizer adamw or signum" in result.stderr
+    arguments = ("--fully-shard", "--checkpoint", "run.pt")
+    result = torchrun("trainer_hooks.examples.train_lm", *arguments, num_ranks=1, expect_status=(1,))
+    assert "--fully-shard does not write checkpoints" in result.stderr

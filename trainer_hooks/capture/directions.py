@@ -22,7 +22,9 @@ class Direction(NamedTuple):
 
 
 MOMENTUM_KEYS = {
+    "SignSGD": "momentum",
     "Signum": "momentum",
+    "Scion": "momentum",
     "Muon": "momentum",
     "SGD": "momentum_buffer",
     "Adam": "exp_avg",
@@ -63,7 +65,7 @@ def direction_of(optimizer: torch.optim.Optimizer, param_group: dict[str, Any], 
         if param_group["nesterov"]:
             return Direction(mu * mu, 1 + mu * fresh, momentum)
         return Direction(mu, fresh, momentum)
-    if kind in ("Signum", "Muon"):
+    if kind in ("SignSGD", "Signum", "Scion", "Muon"):
         beta = float(param_group["momentum"])
         if param_group.get("nesterov"):
             return Direction(beta * beta, 1 - beta * beta, momentum)

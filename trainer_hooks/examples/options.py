@@ -63,7 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--seed", type=int, default=0, help="of weights and of the order of samples")
     add("--num-threads", type=int, default=None, help="CPU threads per rank; default: cores over ranks")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--fully-shard", action="store_true", help="FSDP2 instead of DDP; adamw or signum, no checkpoints")
+    add("--fully-shard", action="store_true", help="FSDP2 instead of DDP; no checkpoints")
     add("--shadow", action="store_true", help="report and record decisions, change nothing")
     add("--evaluations", type=int, default=40, help="validation points over the run")
     add("--evaluate-at-samples", type=sample_counts, default=None, help="validation points, instead of --evaluations")
@@ -115,8 +115,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("give --measurement-interval-steps or --measurement-interval-samples, not both.")
     if options.momentum is not None and options.optimizer == "adamw":
         parser.error("--momentum is for muon and signum; adamw has betas of its own.")
-    if options.fully_shard and options.optimizer == "muon":
-        parser.error("--fully-shard needs --optimizer adamw or signum: this Muon takes whole matrices.")
     if options.fully_shard and options.checkpoint:
         parser.error("--fully-shard does not write checkpoints in this example.")
     if options.fully_shard and options.resume_from:

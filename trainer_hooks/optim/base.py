@@ -101,6 +101,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for exchange, members in self._divided():
+            if self.owns_state:
+                self._count_step(members)
             updates = exchange.run(self._outgoing(members), partial(self._owned_updates, members))
             for number, group in enumerate(self.param_groups):
                 moving = [
@@ -196,8 +198,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if parameter.grad is None:
                 continue
             group = self.param_groups[number]
-            state = self._matrix_state(parameter)
-            step = int(state["step"]) if self.owns_state else 0
+            state, step = self.state[parameter], 0
+            if self.owns_state:
+                self._check_loaded(parameter)
+                step = int(state["step"])
             pieces = self._pieces(matrix.contiguous(), group)
             targets = self._pieces(result, group)
             for place, (piece, target) in enumerate(zip(pieces, targets, strict=True)):
@@ -217,19 +221,24 @@ class MatrixOptimizer(torch.optim.Optimizer):
             updates_BMN = updates_BMN * scale
         torch._foreach_copy_([item.update for item in items], list(updates_BMN.unbind()))
 
-    def _matrix_state(self, parameter: Tensor) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[parameter]
-        if self.owns_state:
-            if "step" not in state:
-                if self._loaded and any("step" in other for other in self.state.values()):
-                    raise InvalidInputError(
-                        f"the checkpoint has no {type(self).__name__} state for a parameter of shape "
-                        f"{tuple(parameter.shape)}: each rank holds only the matrices it owns. Save with "
-                        "torch.distributed.checkpoint on every rank, or save consolidated_state_dict()."
-                    )
-                state["step"] = torch.tensor(0.0)
-            state["step"] += 1
-        return state
+    def _count_step(self, members: Sequence[_Member]) -> None:
+        """On every rank, so that every rank's checkpoint knows every parameter."""
+        for member in members:
+            if member.parameter.grad is not None:
+                state = self.state[member.parameter]
+                if "step" not in state:
+                    state["step"] = torch.tensor(0.0)
+                state["step"] += 1
+
+    def _check_loaded(self, parameter: Tensor) -> None:
+        """Whether the owner of a matrix has what a checkpoint should have brought."""
+        state = self.state[parameter]
+        if self._loaded and state["step"] > 1 and state.keys() == {"step"}:
+            raise InvalidInputError(
+                f"the checkpoint has no {type(self).__name__} state for a parameter of shape {tuple(parameter.shape)}: "
+                "each rank holds only the matrices it owns. Save with torch.distributed.checkpoint on every rank, or "
+                "save consolidated_state_dict()."
+            )
 
     def _forget_what_others_own(self) -> None:
         """After a checkpoint of other ranks' matrices, too, was loaded."""
@@ -237,8 +246,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return
         for exchange, members in self._exchanges:
             for index, member in enumerate(members):
-                if not exchange.is_mine(index):
-                    self.state.pop(member.parameter, None)
+                state = self.state.get(member.parameter, {})
+                if not exchange.is_mine(index) and "step" in state:
+                    self.state[member.parameter] = {"step": state["step"]}
 
     def consolidated_state_dict(self) -> dict[str, Any]:
         """state_dict with the matrices of every rank, on the CPU. Every rank calls it and gets all.

@@ -1,0 +1,194 @@
+"""AdamW, and on request without the bias that a step gets from squaring the gradient that it follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+
+from gns_controller.core.errors import InvalidInputError
+from trainer_hooks.optim.chunks import chunks_of
+from trainer_hooks.optim.decay import (
+    Decay,
+    blocks_of,
+    check_decay,
+    check_settings,
+    descend,
+    gradient_of,
+    remember_peak,
+    state_block,
+)
+from trainer_hooks.optim.halves import TakesHalves
+
+
+class AdamW(TakesHalves, torch.optim.Optimizer):
+    """Adam with decoupled weight decay, by torch's conventions: state and checkpoints are those of torch.optim.AdamW.
+
+        m <- beta1 m + (1 - beta1) g          m^ = m / (1 - beta1^t)
+        v <- beta2 v + (1 - beta2) g^2        v^ = v / (1 - beta2^t)
+        w <- w (1 - lr weight_decay) - lr m^ / (sqrt(v^) + eps)
+
+    With update_bias_correction, and after supply_halves, m^ / (sqrt(v^) + eps) = m^ / p gives way to u. E[m^ / p] is
+    not E[m^] / E[p]: the same noise is in both (coupling), and 1/p is convex: E[1/p] = 1/E[p] + Var(p) / E[p]^3 + ...
+    So each half is divided by what the other half says, and the second term is estimated and taken off:
+
+        m_r = (beta1 m + (1 - beta1) g_r) / (1 - beta1^t)                              r = A, B; s the other one
+        p_s = sqrt((beta2 v + (1 - beta2) g_s^2) / (1 - beta2^t)) + eps                g_r and p_s share no sample
+        c = mean_r m_r / p_s        V = (p_A - p_B)^2 / 2
+        u = c - V mean_r m_r / p_s^3, or 0 where that has not the sign of c
+
+    This is leave-one-out over m folds at m = 2: the batch without fold A is half B. V is the authors' sample variance
+    M2 / (m - 1); the variance of a leave-one-out p, M2, is the same at m = 2 only. The averages that stay, m and v,
+    get g and g^2 of the whole batch as ever.
+
+    Args:
+        params: parameters or groups; sharded ones (DTensors) are stepped where they lie, beside plain ones.
+        lr: size of a step where the gradient is steady.
+        betas: weights of the past, each in [0, 1).
+        eps: added outside the root.
+        weight_decay: times lr, or times lr over the first lr: see decay.
+        decay: "decoupled" or "independent".
+        maximize: ascend.
+        update_bias_correction: use halves of the batch where they are supplied: one more gradient in memory. Leave it
+            off for embeddings, as the authors do: many of their rows are seen by one half only.
+
+    Raises:
+        InvalidInputError: a setting out of range, or a complex parameter.
+
+    Bias: E[u] = E[m^] / E[p_s] to second order in the noise of p. But p_s holds the noise of half a batch, twice that
+        of a whole one, so that E[p_s] is larger, and u is closer to the step of a noiseless gradient than m^ / p is for
+        beta1 below about 1/2 only: see docs/reference/optimizers.md.
+    Source: arXiv:1711.05101; correction: arXiv:2605.20756, with two folds in place of m.
+    """
+
+    averages: ClassVar[tuple[str, ...]] = ("betas",)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        decay: Decay = "decoupled",
+        maximize: bool = False,
+        update_bias_correction: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decay": decay,
+            "maximize": maximize,
+            "update_bias_correction": update_bias_correction,
+        }
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Complete the groups of a checkpoint that torch.optim.AdamW wrote."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("decay", "decoupled")
+            group.setdefault("update_bias_correction", False)
+            remember_peak(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with settings of their own if the group has any."""
+        super().add_param_group(param_group)
+        group, kind, infinity = self.param_groups[-1], type(self).__name__, float("inf")
+        beta1, beta2 = group["betas"]
+        check_settings(kind, lr=(group["lr"], 0, infinity), beta1=(beta1, 0, 1), beta2=(beta2, 0, 1))
+        check_settings(kind, eps=(group["eps"], 0, infinity), weight_decay=(group["weight_decay"], 0, infinity))
+        check_decay(kind, group["decay"])
+        if any(parameter.is_complex() for parameter in group["params"]):
+            raise InvalidInputError(f"{kind} steps real parameters; give it torch.view_as_real of complex ones.")
+        remember_peak(group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step; parameters without gradient are left alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        halves = self._take_halves()
+        for group in self.param_groups:
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for corrects in (False, True):
+                for parameters in chunks_of([p for p in trained if (p in halves) == corrects]):
+                    moments = _Moments(parameters, [self.state[parameter] for parameter in parameters], group)
+                    grads = [gradient_of(parameter, group) for parameter in parameters]
+                    corrected = moments.corrected_updates(grads, _signed(halves, parameters, group)) if corrects else []
+                    moments.take_in(grads)
+                    descend(blocks_of(parameters), corrected or moments.updates(), group)
+        return loss
+
+
+class _Moments:
+    """m and v of parameters of one device and dtype, at their next step t."""
+
+    def __init__(self, parameters: list[Tensor], states: list[dict[str, Any]], group: Mapping[str, Any]) -> None:
+        self._beta1, self._beta2 = group["betas"]
+        self._eps = group["eps"]
+        self._firsts = [state_block(state, "exp_avg", p) for state, p in zip(states, parameters, strict=True)]
+        self._seconds = [state_block(state, "exp_avg_sq", p) for state, p in zip(states, parameters, strict=True)]
+        counts = [state.setdefault("step", torch.tensor(0.0)).add_(1) for state in states]
+        self._weights1 = [1 - self._beta1 ** float(count) for count in counts]
+        self._roots2 = [(1 - self._beta2 ** float(count)) ** 0.5 for count in counts]
+
+    def take_in(self, grads: list[Tensor]) -> None:
+        """Average g and g^2 in."""
+        torch._foreach_lerp_(self._firsts, grads, 1 - self._beta1)
+        torch._foreach_mul_(self._seconds, self._beta2)
+        torch._foreach_addcmul_(self._seconds, grads, grads, 1 - self._beta2)
+
+    def updates(self) -> list[Tensor]:
+        """m^ / (sqrt(v^) + eps)."""
+        return self._divided(self._firsts, self._denominators(self._seconds))
+
+    def corrected_updates(self, grads: list[Tensor], differences: list[Tensor]) -> list[Tensor]:
+        """The same for the averages with g taken in, cross-fitted and corrected. The averages stay as they are."""
+        halves = [list(torch._foreach_add(grads, differences)), list(torch._foreach_sub(grads, differences))]
+        p_A, p_B = (self._with_half(half) for half in halves)
+        firsts_A, firsts_B = (list(torch._foreach_lerp(self._firsts, half, 1 - self._beta1)) for half in halves)
+        ratios_A, ratios_B = self._divided(firsts_A, p_B), self._divided(firsts_B, p_A)
+        crossed = list(torch._foreach_add(ratios_A, ratios_B))
+        for ratios, denominators in ((ratios_A, p_B), (ratios_B, p_A)):
+            torch._foreach_div_(ratios, denominators)
+            torch._foreach_div_(ratios, denominators)
+        torch._foreach_add_(ratios_A, ratios_B)
+        torch._foreach_sub_(p_A, p_B)
+        torch._foreach_mul_(p_A, p_A)
+        torch._foreach_mul_(ratios_A, p_A)
+        doubled = torch._foreach_sub(crossed, ratios_A, alpha=0.5)  # crossed is 2c, this 2u
+        return [torch.where(u * c < 0, 0, u).mul_(0.5) for u, c in zip(doubled, crossed, strict=True)]
+
+    def _with_half(self, half: list[Tensor]) -> list[Tensor]:
+        squares = torch._foreach_mul(self._seconds, self._beta2)
+        torch._foreach_addcmul_(squares, half, half, 1 - self._beta2)
+        return self._denominators(list(squares))
+
+    def _denominators(self, squares: list[Tensor]) -> list[Tensor]:
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, self._roots2)
+        torch._foreach_add_(roots, self._eps)
+        return list(roots)
+
+    def _divided(self, firsts: list[Tensor], denominators: list[Tensor]) -> list[Tensor]:
+        ratios = torch._foreach_div(firsts, denominators)
+        torch._foreach_div_(ratios, self._weights1)
+        return list(ratios)
+
+
+def _signed(halves: Mapping[Tensor, Tensor], parameters: list[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
+    """d of the direction of ascent, in the dtype of the parameters."""
+    found = [halves[parameter].to(parameter.dtype) for parameter in parameters]
+    return list(torch._foreach_neg(found)) if group["maximize"] else found

@@ -1,0 +1,245 @@
+"""Optimizers around an optimizer: every few steps the weights are pulled along, or back, the way they have come."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from gns_controller.core.errors import InvalidInputError
+from trainer_hooks.optim.chunks import chunks_of
+from trainer_hooks.optim.decay import blocks_of, check_settings, state_block
+
+_OUTER = ("outer_slow", "outer_momentum")
+_NUM_STEPS = "outer_num_steps"
+_OF_THE_INNER_ONE = ("averages", "owns_state", "supply_halves", "wants_halves")
+
+
+class SNOO(torch.optim.Optimizer):
+    """Step-K Nesterov outer optimizer: momentum on the way that K inner steps went.
+
+    After every K-th inner step, with slow and fast weights, equal at the start:
+
+        s = slow - fast        b <- mu b + s        slow <- slow - lr (mu b + s)        fast <- slow
+
+    momentum=0 is Lookahead. Groups are those of the inner optimizer, so schedulers and whoever writes group["lr"] act
+    on inner steps; so do weight decay and clipping. Gradients are never written. Several inner optimizers (Muon and
+    AdamW) get one wrapper each, with the same interval, and are then at a boundary at the same steps.
+
+    Args:
+        optimizer: the inner one, of any kind. Its parameters may be DTensors.
+        interval: K, inner steps.
+        lr: of the outer step.
+        momentum: mu in [0, 1), of a sum. A steady drift comes out lr / (1 - mu) times as long.
+        batch_exponent: at a batch change b is multiplied by (batch / previous batch)^batch_exponent, so that it keeps
+            the units of s. 0 leaves it alone; 1/2 goes with learning rates that follow the root of the batch, 1 with
+            linear ones.
+
+    Raises:
+        InvalidInputError: a setting out of range.
+
+    Source: arXiv:2510.15830. Defaults: modded-nanogpt's, around Adam and Muon; the paper has K=100, lr=0.8, mu=0.75 for
+        125M parameters. Ours: the first outer step comes after K inner steps, not after the first one.
+    """
+
+    inner: torch.optim.Optimizer
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        interval: int = 28,
+        lr: float = 0.68,
+        momentum: float = 0.37,
+        batch_exponent: float = 0.0,
+    ) -> None:
+        kind, infinity = type(self).__name__, float("inf")
+        if not isinstance(interval, int):
+            raise InvalidInputError(f"{kind} needs a whole number of steps, got interval={interval!r}.")
+        check_settings(kind, interval=(interval, 1, infinity), momentum=(momentum, 0, 1))
+        check_settings(kind, lr=(lr, 0, infinity), batch_exponent=(batch_exponent, 0, infinity))
+        self.interval, self.lr, self.momentum, self.batch_exponent = interval, lr, momentum, batch_exponent
+        self._num_steps = 0
+        self._is_swapped = False
+        # Groups are the inner optimizer's, so torch's constructor, which makes its own, is not called.
+        self.__setstate__({"inner": optimizer, "defaults": dict(optimizer.defaults), "state": defaultdict(dict)})
+
+    def __getattr__(self, name: str) -> Any:
+        """What batch coupling and hooks ask for exists here if the inner optimizer has it."""
+        if name in _OF_THE_INNER_ONE:
+            return getattr(self.inner, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's own."""
+        return self.inner.param_groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the inner optimizer. Their slow weights begin where they are at the next step."""
+        self.inner.add_param_group(param_group)
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether fast and slow weights are equal now. Change the batch only then, so that s mixes no two batches."""
+        return self._num_steps == 0
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One inner step, and after every interval-th one an outer step."""
+        self._check_not_swapped("step")
+        for parameter in self._trained():
+            state = self.state[parameter]
+            if "outer_slow" not in state:
+                state["outer_slow"] = parameter.detach().clone()
+                if self.momentum:  # now, not at the boundary: a distributed checkpoint loads into what is there
+                    state_block(state, "outer_momentum", parameter)
+        loss = self.inner.step(closure)
+        self._num_steps += 1
+        if self._num_steps >= self.interval:
+            for parameters in chunks_of(self._trained()):
+                self._outer_step(parameters)
+            self._num_steps = 0
+        return loss
+
+    def _outer_step(self, parameters: Sequence[Tensor]) -> None:
+        # Products are rounded before they are added: the same on every device, and momentum 0 is exactly Lookahead.
+        fast, slow = blocks_of(parameters), self._slow(parameters)
+        moves = list(torch._foreach_sub(slow, fast))
+        if self.momentum:
+            momenta = [state_block(self.state[parameter], "outer_momentum", parameter) for parameter in parameters]
+            torch._foreach_mul_(momenta, self.momentum)
+            torch._foreach_add_(momenta, moves)
+            torch._foreach_add_(moves, list(torch._foreach_mul(momenta, self.momentum)))
+        torch._foreach_mul_(moves, self.lr)
+        torch._foreach_sub_(slow, moves)
+        torch._foreach_copy_(fast, slow)
+
+    @contextmanager
+    def slow_weights(self) -> Iterator[None]:
+        """Put the slow weights into the parameters, for an evaluation between boundaries, and the fast ones back after.
+
+        Raises:
+            InvalidInputError: step or state_dict is called meanwhile.
+        """
+        self._check_not_swapped("slow_weights")
+        self._swap()
+        self._is_swapped = True
+        try:
+            yield
+        finally:
+            self._swap()
+            self._is_swapped = False
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameters in chunks_of([parameter for parameter in self._trained() if parameter in self.state]):
+            fast, slow = blocks_of(parameters), self._slow(parameters)
+            kept = [block.clone() for block in fast]
+            torch._foreach_copy_(fast, slow)
+            torch._foreach_copy_(slow, kept)
+
+    def on_batch_change(self, *, global_batch_size: int, previous: int) -> None:
+        """Rescale the outer momentum as batch_exponent says, and tell the inner optimizer.
+
+        Raises:
+            InvalidInputError: called between boundaries.
+        """
+        if not self.at_boundary:
+            raise InvalidInputError(
+                f"the batch changed from {previous} to {global_batch_size} samples {self._num_steps} steps after "
+                f"{type(self).__name__}'s last boundary; change it only when at_boundary, every {self.interval} steps."
+            )
+        if self.batch_exponent:
+            factor = (global_batch_size / previous) ** self.batch_exponent
+            for state in self.state.values():
+                if "outer_momentum" in state:
+                    state["outer_momentum"].mul_(factor)
+        react = getattr(self.inner, "on_batch_change", None)
+        if react is not None:
+            react(global_batch_size=global_batch_size, previous=previous)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's, with slow weights and outer momentum beside each parameter's state."""
+        self._check_not_swapped("state_dict")
+        return self._with_outer(self.inner.state_dict())
+
+    def consolidated_state_dict(self) -> dict[str, Any]:
+        """The same with the matrices of every rank, where the inner optimizer divides them. Every rank calls it."""
+        self._check_not_swapped("consolidated_state_dict")
+        consolidated = getattr(self.inner, "consolidated_state_dict", self.inner.state_dict)
+        return self._with_outer(consolidated())
+
+    def _with_outer(self, found: dict[str, Any]) -> dict[str, Any]:
+        states = dict(found["state"])
+        for group, packed in zip(self.param_groups, found["param_groups"], strict=True):
+            packed[_NUM_STEPS] = self._num_steps
+            for parameter, number in zip(group["params"], packed["params"], strict=True):
+                if parameter in self.state:
+                    states[number] = {**states.get(number, {}), **self.state[parameter]}
+        return {**found, "state": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load both. A checkpoint of the inner optimizer alone starts at a boundary, from the present weights."""
+        self._check_not_swapped("load_state_dict")
+        groups = [{k: v for k, v in group.items() if k != _NUM_STEPS} for group in state_dict["param_groups"]]
+        states = {
+            number: {name: value for name, value in state.items() if name not in _OUTER}
+            for number, state in state_dict["state"].items()
+        }
+        self.inner.load_state_dict(
+            {**state_dict, "state": {n: s for n, s in states.items() if s}, "param_groups": groups}
+        )
+        self._num_steps = max((group.get(_NUM_STEPS, 0) for group in state_dict["param_groups"]), default=0)
+        self.state.clear()
+        for group, packed in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for parameter, number in zip(group["params"], packed["params"], strict=True):
+                for name in _OUTER:
+                    saved = state_dict["state"].get(number, {}).get(name)
+                    if saved is not None:
+                        self.state[parameter][name] = saved.detach().to(parameter, copy=True)
+
+    def _slow(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        return [state_block(self.state[parameter], "outer_slow", parameter) for parameter in parameters]
+
+    def _trained(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"] if parameter.requires_grad]
+
+    def _check_not_swapped(self, what: str) -> None:
+        if self._is_swapped:
+            raise InvalidInputError(
+                f"{type(self).__name__}.{what} was called while its slow weights are in the parameters; leave "
+                "slow_weights() first."
+            )
+
+
+class Lookahead(SNOO):
+    """Every K inner steps the slow weights go a part of the way to the fast ones, which go back to them.
+
+        slow <- slow + pull (fast - slow)        fast <- slow
+
+    All else is SNOO's, with lr=pull and momentum=0.
+
+    Args:
+        optimizer: the inner one, of any kind.
+        interval: K, inner steps.
+        pull: in (0, 1]; 1 is the inner optimizer alone.
+
+    Raises:
+        InvalidInputError: a setting out of range.
+
+    Source: Zhang et al. 2019, arXiv:1907.08610.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, interval: int = 5, pull: float = 0.5) -> None:
+        if not 0 < pull <= 1:
+            raise InvalidInputError(f"Lookahead needs 0 < pull <= 1, got {pull=!r}.")
+        super().__init__(optimizer, interval=interval, lr=pull, momentum=0.0)
