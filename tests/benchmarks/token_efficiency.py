@@ -33,10 +33,10 @@ from trainer_hooks.examples.corpus import ByteSequences, read_standard_library
 from trainer_hooks.examples.llama import Llama, LlamaConfig, next_token_loss
 from trainer_hooks.optim import ASGO, SNOO, SOAP, AdamW, EShampoo, Muon, Shampoo, Signum
 
-BUDGET = 48_000
+BUDGET = 32_000
 BATCH = 32
-EVALUATIONS = 24
-VALIDATION_SAMPLES = 4096
+EVALUATIONS = 12
+VALIDATION_SAMPLES = 2048
 FALLBACK_RATE = 0.008
 TUNING_SEED, REPORTED_SEEDS = 100, (0, 1, 2)
 GRID = tuple(0.001 * 2**power for power in range(8))
@@ -129,7 +129,7 @@ def evaluate(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], vali
         for optimizer in optimizers:
             if isinstance(optimizer, SNOO):
                 stack.enter_context(optimizer.slow_weights())
-        return float(next_token_loss(model, validation))
+        return float(torch.stack([next_token_loss(model, part) for part in validation.split(256)]).mean())
 
 
 def sources() -> str:
@@ -252,7 +252,7 @@ def plot(rows: Sequence[dict[str, Any]], results: dict[str, list[dict[str, Any]]
             continue
         steps = [step for step, _ in runs[0]["losses"]]
         means = [statistics.mean(run["losses"][i][1] for run in runs) for i in range(len(steps))]
-        right.plot(steps[3:], means[3:], label=label)
+        right.plot(steps[1:], means[1:], label=label)
     right.set_xlabel("optimizer steps")
     right.set_ylabel("validation loss (nats per byte)")
     right.legend()

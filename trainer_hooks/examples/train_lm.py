@@ -33,6 +33,7 @@ from trainer_hooks.examples.checkpoints import described, read_checkpoint, setti
 from trainer_hooks.examples.corpus import ByteSequences, read_standard_library
 from trainer_hooks.examples.llama import Llama, LlamaConfig, next_token_loss
 from trainer_hooks.examples.options import DEFAULT_LEARNING_RATES, coupling_of, parse_arguments
+from trainer_hooks.kernels import NEWTON_SCHULZ_5
 from trainer_hooks.optim import Muon, Signum
 from trainer_hooks.steps import Step
 
@@ -48,7 +49,13 @@ def build_optimizers(
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "blocks." in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "blocks." not in n]
     return [
-        Muon(hidden, lr=learning_rate, momentum=0.95 if momentum is None else momentum, dtype=None),
+        Muon(
+            hidden,
+            lr=learning_rate,
+            momentum=0.95 if momentum is None else momentum,
+            schedule=NEWTON_SCHULZ_5,  # as published, and as everything recorded with this job
+            dtype=None,
+        ),
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 

@@ -8,6 +8,7 @@ M = rows, N = columns, B = matrices of one shape.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from gns_controller.core.errors import GeometryError, InvalidInputError
 from trainer_hooks.optim.decay import blocks_of, check_decay, check_settings, descend, gradient_of, remember_peak
 from trainer_hooks.optim.exchange import Exchange, layout_key
 from trainer_hooks.optim.matrices import MatrixState, matrices_of
+from trainer_hooks.optim.transfer import power_iterations, spectrally_normalized
 
 _MAX_BATCH_NUMEL = 2**27
 """Entries of one batch of matrices: bounds what an update takes besides the state."""
@@ -46,7 +48,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """Base of optimizers whose update of a matrix needs the whole matrix.
 
     Args:
-        params: parameters or groups. A group may say split_sizes, num_heads and batched (see matrices_of).
+        params: parameters or groups. A group may say split_sizes, num_heads and batched (see matrices_of), and where
+            owners keep state spectral_normalization: updates then have spectral norm (M / N)^(1/2), whatever the width.
         defaults: lr, weight_decay, decay, cautious, maximize and the optimizer's own settings.
         process_group: ranks that hold copies of the same plain parameters (DDP), between which the work is divided.
             None: every rank does all of it. DTensors (FSDP2, HSDP) need nothing: their mesh says who holds what.
@@ -68,6 +71,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._exchanges: list[tuple[Exchange, list[_Member]]] | None = None
         self._loaded = False
         defaults = {"split_sizes": None, "num_heads": None, "batched": False, **defaults}
+        if self.owns_state:
+            defaults.setdefault("spectral_normalization", False)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -80,6 +85,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         remember_peak(group)
         for parameter in group["params"]:
             self._check_parameter(parameter, group)
+        if group.get("spectral_normalization"):
+            self._check_normalizable(group)
         self._exchanges = None
 
     def _check_parameter(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -88,6 +95,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
             matrices_of(torch.empty(parameter.shape, device="meta"), group)
         except GeometryError as error:
             raise GeometryError(f"{type(self).__name__}: {error}") from None
+
+    def _check_normalizable(self, group: dict[str, Any]) -> None:
+        for parameter in group["params"]:
+            whole = torch.empty(parameter.shape, device="meta")
+            if len(self._pieces(whole, group)) != len(matrices_of(whole, group)):
+                raise InvalidInputError(
+                    f"{type(self).__name__} cuts a parameter of shape {tuple(parameter.shape)} into blocks, and "
+                    "spectral_normalization is of whole matrices: raise max_preconditioner_dim, or leave it out."
+                )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -216,7 +232,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _update_batch(self, items: Sequence[_Item], group: dict[str, Any], step: int) -> None:
         matrices_BMN = torch.stack([item.matrix for item in items])
         updates_BMN = self._updates(matrices_BMN, [item.state for item in items], group, step)
-        scale = self._scale(matrices_BMN.shape[1], matrices_BMN.shape[2], group)
+        rows, columns = updates_BMN.shape[1:]
+        if group.get("spectral_normalization"):
+            updates_BMN = _normalized(updates_BMN, [item.state for item in items], step)
+        scale = self._scale(rows, columns, group)
         if scale != 1:
             updates_BMN = updates_BMN * scale
         torch._foreach_copy_([item.update for item in items], list(updates_BMN.unbind()))
@@ -259,6 +278,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         found = self.state_dict()
         if not self.owns_state:
             return found
+        found["state"] = {number: dict(state) for number, state in found["state"].items()}
         numbers: dict[int, int] = {}
         for group, packed in zip(self.param_groups, found["param_groups"], strict=True):
             numbers.update(zip(map(id, group["params"]), packed["params"], strict=True))
@@ -288,3 +308,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     kept = self.state[parameter][name]
                     if isinstance(saved, Tensor) and kept.dtype != saved.dtype:
                         self.state[parameter][name] = saved.detach().to(device=kept.device, copy=True)
+
+
+def _normalized(updates_BMN: Tensor, states: Sequence[MatrixState], step: int) -> Tensor:
+    """Of spectral norm (M / N)^(1/2) each. The vector of the power method is kept from step to step."""
+    rows, columns = updates_BMN.shape[1:]
+    for state in states:
+        if "spectral_vector" not in state:
+            dtype = torch.promote_types(updates_BMN.dtype, torch.float32)
+            start = torch.randn(columns, dtype=dtype, generator=torch.Generator().manual_seed(columns))
+            state["spectral_vector"] = start.to(updates_BMN.device)
+    vectors_BN = torch.stack([state["spectral_vector"] for state in states])
+    updates_BMN, vectors_BN = spectrally_normalized(
+        updates_BMN, vectors_BN, iterations=power_iterations(step - 1), scale=math.sqrt(rows / columns)
+    )
+    torch._foreach_copy_([state["spectral_vector"] for state in states], list(vectors_BN.unbind()))
+    return updates_BMN

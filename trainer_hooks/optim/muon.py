@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer_hooks.kernels import NEWTON_SCHULZ_5, OrthogonalizationSchedule, orthogonalize
+from trainer_hooks.kernels import POLAR_EXPRESS_4, OrthogonalizationSchedule, orthogonalize
 from trainer_hooks.optim.base import MatrixOptimizer
 from trainer_hooks.optim.decay import Decay, check_settings, gradient_of, state_block
 from trainer_hooks.optim.matrices import MatrixState
@@ -37,7 +37,8 @@ class Muon(MatrixOptimizer):
         decay: "decoupled" or "independent".
         cautious: decay only entries that the update moves towards zero.
         maximize: ascend.
-        schedule: polynomials of the orthogonalization, whose accuracy docs/reference/kernels.md tells.
+        schedule: polynomials of the orthogonalization, whose accuracy docs/reference/kernels.md tells. NEWTON_SCHULZ_5
+            is the published one: a step more, and farther from the orthogonal factor.
         dtype: of the iteration. None: the parameter's own.
         process_group: ranks that hold copies of the same plain parameters (DDP) and share the work. DTensors need none.
 
@@ -62,7 +63,7 @@ class Muon(MatrixOptimizer):
         decay: Decay = "decoupled",
         cautious: bool = False,
         maximize: bool = False,
-        schedule: OrthogonalizationSchedule = NEWTON_SCHULZ_5,
+        schedule: OrthogonalizationSchedule = POLAR_EXPRESS_4,
         dtype: torch.dtype | None = torch.bfloat16,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gns_controller.core.errors import GeometryError, InvalidInputError
 from tests.trainer_hooks.optim.streams import distance, gradients, run, run_new
+from trainer_hooks.kernels import NEWTON_SCHULZ_5
 from trainer_hooks.optim import Muon
 
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -35,7 +36,8 @@ def recursion(grads: list[Tensor], scale: float, *, nesterov: bool = True, start
 
 
 def muon(parameters: list[nn.Parameter], **settings: object) -> Muon:
-    return Muon(parameters, **{"lr": 0.02, "weight_decay": 0.1, "dtype": None, **settings})  # type: ignore[arg-type]
+    published = {"lr": 0.02, "weight_decay": 0.1, "schedule": NEWTON_SCHULZ_5, "dtype": None}
+    return Muon(parameters, **{**published, **settings})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (12, 4), (4, 12)])
@@ -67,7 +69,9 @@ def test_muon_agrees_with_the_one_in_torch(adjust: str) -> None:
     settings = {"lr": 0.02, "momentum": 0.95, "nesterov": True, "weight_decay": 0.1}
     scale = {"original": "shape", "match_rms_adamw": "rms_match"}[adjust]
     start = torch.zeros(16, 24)
-    found = run_new(lambda p: Muon(p, scale=scale, **settings), grads, start=start, dtype=torch.float32)
+    found = run_new(
+        lambda p: Muon(p, scale=scale, schedule=NEWTON_SCHULZ_5, **settings), grads, start=start, dtype=torch.float32
+    )
     expected = run_new(
         lambda p: torch.optim.Muon(p, adjust_lr_fn=adjust, **settings), grads, start=start, dtype=torch.float32
     )
@@ -85,7 +89,7 @@ def test_muon_agrees_with_the_one_of_pytorch_optimizer() -> None:
         return peer.Muon([{"params": parameters, "use_muon": True}], lr=0.02, momentum=0.95, weight_decay=0.0)
 
     expected = run_new(theirs, grads, start=start, dtype=torch.float32)
-    found = run_new(lambda p: Muon(p, lr=0.02), grads, start=start, dtype=torch.float32)
+    found = run_new(lambda p: Muon(p, lr=0.02, schedule=NEWTON_SCHULZ_5), grads, start=start, dtype=torch.float32)
     assert float(torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0)) > 0.999
 
 

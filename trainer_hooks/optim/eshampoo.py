@@ -1,0 +1,191 @@
+"""EShampoo: Adam in the eigenbasis of Shampoo's factors, which is refreshed only when it no longer fits.
+
+M = rows, N = columns, S = side of a factor, B = matrices of one shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer_hooks.kernels import eigenbasis, needs_refresh, refreshed_basis
+from trainer_hooks.optim.decay import Decay, check_settings
+from trainer_hooks.optim.factors import (
+    FactoredOptimizer,
+    average,
+    average_grams,
+    check_betas,
+    check_counts,
+    correction,
+    in_working_dtype,
+    is_due,
+    kept,
+    replace,
+    stacked,
+    where_finite,
+)
+from trainer_hooks.optim.matrices import MatrixState
+
+_SIDES = ("left", "right")
+
+
+class EShampoo(FactoredOptimizer):
+    """Shampoo with corrected eigenvalues: second moments measured in the factors' eigenbasis, so nothing is grafted.
+
+        L <- beta2 L + (1 - beta2) G G^T        R <- beta2 R + (1 - beta2) G^T G
+        G' = Q_L^T G Q_R        m <- beta1 m + (1 - beta1) G'        D <- beta2 D + (1 - beta2) G'^2, entry by entry
+        W <- W (1 - lr weight_decay) - lr Q_L [m_hat / (D_hat^(1/2) + epsilon)] Q_R^T         hat: over 1 - beta^t
+
+    Q_L and Q_R hold eigenvectors of L and R. Every precondition_frequency steps B = Q^T L Q is looked at (and likewise
+    for R), and Q is refreshed unless |B - diag(B)| <= tolerance |B|, Frobenius norms; each side by itself. Before the
+    first eigenvectors Q is the identity, and the update is AdamW's.
+
+    A refresh carries m and D into the new basis. With P = Q_new^T Q_old on either side,
+
+        m <- P_L m P_R^T, exact            D <- (P_L o P_L) D (P_R o P_R)^T, o entry by entry
+
+    The second is exact if entries of G' were uncorrelated in the old basis. Rows and columns of P o P add up to one, so
+    the sum of D, the mean squared gradient, is kept; where P only reorders or flips eigenvectors, D is reordered.
+
+    Args:
+        params: matrices, or groups of them. Give embeddings, heads, norms and biases to AdamW. A group may say
+            split_sizes (rows of fused projections), num_heads (each head by itself) and batched (stacked experts).
+        lr: AdamW's own.
+        betas: of the momentum, and of factors and second moments, in [0, 1).
+        epsilon: added to the square root.
+        tolerance: tau in [0, 1]; 0 refreshes at every look.
+        precondition_frequency: steps between two looks.
+        qr_iterations: 0 computes eigenvectors afresh; else the old ones are improved by at most so many steps of the
+            QR algorithm.
+        start_preconditioning_step: of the first eigenvectors, counted from 1, and at least 2; until then the update is
+            AdamW's. In the basis of its own Gram matrices the first gradient is diagonal, and beside the diagonal Adam
+            would divide rounding by rounding.
+        max_preconditioner_dim: larger matrices are cut into blocks of at most this side, each with its own factors.
+        weight_decay: times lr, or times lr over the first lr: see decay.
+        decay: "decoupled" or "independent".
+        cautious: decay only entries that the update moves towards zero.
+        maximize: ascend.
+        process_group: ranks that hold copies of the same plain parameters (DDP) and share the work. DTensors need none.
+
+    Raises:
+        GeometryError: a parameter is no matrix, or its splits do not fit.
+        InvalidInputError: a setting out of range.
+
+    State: L, R, Q_L, Q_R, m and D in float32 (float64 beside float64), on the owner of the matrix, and refreshes, how
+        often (Q_L, Q_R) were replaced. What cannot be computed leaves the old basis in place.
+    Source: arXiv:2506.03595; m and D carried over are ours: the source keeps D of the old basis as it is.
+    """
+
+    averages: ClassVar[tuple[str, ...]] = ("betas",)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+        tolerance: float = 0.1,
+        precondition_frequency: int = 50,
+        qr_iterations: int = 0,
+        start_preconditioning_step: int = 2,
+        max_preconditioner_dim: int = 1024,
+        weight_decay: float = 0.0,
+        decay: Decay = "decoupled",
+        cautious: bool = False,
+        maximize: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "epsilon": epsilon,
+            "tolerance": tolerance,
+            "precondition_frequency": precondition_frequency,
+            "qr_iterations": qr_iterations,
+            "start_preconditioning_step": start_preconditioning_step,
+            "max_preconditioner_dim": max_preconditioner_dim,
+            "weight_decay": weight_decay,
+            "decay": decay,
+            "cautious": cautious,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, process_group=process_group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add matrices, with settings of their own if the group has any. On every rank alike."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        check_betas("EShampoo", group["betas"])
+        check_settings("EShampoo", epsilon=(group["epsilon"], 0, float("inf")))
+        check_settings("EShampoo", tolerance=(group["tolerance"], 0, 1 + 1e-9))
+        check_counts("EShampoo", group, start_preconditioning_step=2, qr_iterations=0)
+
+    def _updates(self, matrices_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], step: int) -> Tensor:
+        grads_BMN = in_working_dtype(matrices_BMN)
+        rows, columns = grads_BMN.shape[-2:]
+        beta1, beta2 = group["betas"]
+        average_grams(kept(states, "left", grads_BMN, rows, rows), grads_BMN, beta2)
+        average_grams(kept(states, "right", grads_BMN, columns, columns), grads_BMN.mT, beta2)
+        momenta = kept(states, "momentum", grads_BMN)
+        second_moments = kept(states, "second_moment", grads_BMN)
+        _begin(states)
+        if is_due(step, group):
+            _refresh(states, group, is_first=step == group["start_preconditioning_step"])
+        rotated = step >= group["start_preconditioning_step"]
+        if rotated:
+            left_BMM, right_BNN = (stacked(states, f"{side}_basis") for side in _SIDES)
+            grads_BMN = left_BMM.mT @ grads_BMN @ right_BNN
+        average(momenta, grads_BMN, beta1)
+        average(second_moments, grads_BMN.square(), beta2)
+        denominators_BMN = torch.stack(second_moments).div_(correction(beta2, step)).sqrt_().add_(group["epsilon"])
+        updates_BMN = torch.stack(momenta).div_(denominators_BMN).div_(correction(beta1, step))
+        return left_BMM @ updates_BMN @ right_BNN.mT if rotated else updates_BMN
+
+
+def _begin(states: Sequence[MatrixState]) -> None:
+    """Bases are there from the first step on, because checkpoints are read into what the first step has made."""
+    for state in states:
+        if "refreshes" not in state:
+            for side in _SIDES:
+                state[f"{side}_basis"] = torch.eye(len(state[side]), dtype=state[side].dtype, device=state[side].device)
+            state["refreshes"] = torch.zeros(2, dtype=torch.int64, device=state["left"].device)
+
+
+def _refresh(states: Sequence[MatrixState], group: dict[str, Any], *, is_first: bool) -> None:
+    """Replace the bases that do not fit any more, and carry over what was measured in them."""
+    stale = [[True] * len(states)] * 2 if is_first else _stale(states, group["tolerance"])
+    for number, side in enumerate(_SIDES):
+        chosen = [state for state, is_stale in zip(states, stale[number], strict=True) if is_stale]
+        if not chosen:
+            continue
+        factors_BSS, previous_BSS = stacked(chosen, side), stacked(chosen, f"{side}_basis")
+        if is_first or not group["qr_iterations"]:
+            found_BSS = eigenbasis(factors_BSS)
+        else:
+            found_BSS = refreshed_basis(
+                factors_BSS, previous_BSS, tolerance=group["tolerance"], max_iterations=group["qr_iterations"]
+            ).basis
+        _turn(chosen, side, previous_BSS, where_finite(found_BSS, previous_BSS))
+        torch._foreach_add_([state["refreshes"][number] for state in chosen], 1)
+
+
+def _stale(states: Sequence[MatrixState], tolerance: float) -> list[list[bool]]:
+    """Which bases fail the criterion, by side and matrix. The one copy to the host."""
+    failing = [needs_refresh(stacked(states, side), stacked(states, f"{side}_basis"), tolerance) for side in _SIDES]
+    found: list[list[bool]] = torch.stack(failing).tolist()
+    return found
+
+
+def _turn(states: Sequence[MatrixState], side: str, previous_BSS: Tensor, found_BSS: Tensor) -> None:
+    """Take another basis, and carry momentum and second moments into it."""
+    replace(states, f"{side}_basis", found_BSS)
+    turn_BSS = found_BSS.mT @ previous_BSS
+    for name, matrix_BSS in (("momentum", turn_BSS), ("second_moment", turn_BSS.square())):
+        kept_BMN = stacked(states, name)
+        carried_BMN = matrix_BSS @ kept_BMN if side == "left" else kept_BMN @ matrix_BSS.mT
+        torch._foreach_copy_([state[name] for state in states], list(carried_BMN.unbind()))

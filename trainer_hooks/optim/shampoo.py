@@ -1,0 +1,335 @@
+"""Shampoo: the momentum between inverse roots of two averaged Gram matrices of the gradient.
+
+M = rows, N = columns, S = side of a factor, B = matrices of one shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gns_controller.core.errors import InvalidInputError
+from trainer_hooks.optim.decay import Decay, blocks_of, check_settings
+from trainer_hooks.optim.factors import (
+    FactoredOptimizer,
+    average,
+    average_grams,
+    check_betas,
+    check_counts,
+    corrected_inverse_roots,
+    correction,
+    in_working_dtype,
+    inverse_roots,
+    is_due,
+    kept,
+    replace,
+    stacked,
+    where_finite,
+    with_norm,
+)
+from trainer_hooks.optim.halves import TakesHalves
+from trainer_hooks.optim.matrices import MatrixState
+
+Factors = Literal["gradient", "kl"]
+"""What the factors average: G G^T and G^T G, or the same with the other side whitened (KL-Shampoo)."""
+Grafting = Literal["adam", "rms_match", "none"]
+"""Whose magnitude the update of a block gets: that of Adam's update, an RMS of 0.2, or its own."""
+
+
+class Shampoo(TakesHalves, FactoredOptimizer):
+    """Momentum between inverse roots of the gradient's row and column Gram matrices, block by block.
+
+        L <- beta2 L + (1 - beta2) G G^T        R <- beta2 R + (1 - beta2) G^T G        m <- beta1 m + (1 - beta1) G
+        U = (L_hat + e)^(-p) m_hat (R_hat + e)^(-p)                 hat: over 1 - beta^t, the sum of the weights
+        W <- W (1 - lr weight_decay) - lr graft(U)
+
+        factors="kl"    L <- beta2 L + (1 - beta2) G R'^-1 G^T / N  R <- beta2 R + (1 - beta2) G^T L'^-1 G / M
+                        L'^-1, R'^-1: the squares of the last roots, the identity before the first
+        grafting        "adam"       U |A| / |U|, A = m_hat / (v_hat^(1/2) + grafting_epsilon), Frobenius norms
+                        "rms_match"  U 0.2 (M N)^(1/2) / |U|, an RMS of 0.2, as AdamW's updates have
+                        "none"       U
+
+    With update_bias_correction, and after supply_halves, the numerator and the denominator see different samples: m
+    averages the gradient of half A, and L and R those of half B. Roots taken at such a step give way to
+
+        Q diag(max(0, (l + e)^(-p) - p (p + 1) / 2 (l + e)^(-p-2) Var(l))) Q^T          Q diag(l) Q^T = L_hat
+        Var(l_k) = w^2 (|q_k^T G_A|^2 - |q_k^T G_B|^2)^2 / 2        w = (1 - beta2) / (1 - beta2^t), or 1 for a sum
+
+    which removes to second order what the noise of this step's l adds to its inverse root; 5/32 for p = 1/4.
+
+    Without averages (betas of 0), epsilon and grafting, exponent 1/4 gives the orthogonal factor of the gradient.
+
+    Args:
+        params: matrices, or groups of them. Give embeddings, heads, norms and biases to AdamW. A group may say
+            split_sizes (rows of fused projections), num_heads (each head by itself) and batched (stacked experts).
+        lr: in units of the grafted update; AdamW's own fits "adam" and "rms_match".
+        betas: of the momentum, in [0, 1), and of the factors, in [0, 1]; 1 sums them up (AdaGrad) and corrects nothing.
+        epsilon: e, added to the eigenvalues of a factor, after the correction: times the largest of them if
+            relative_epsilon, else as it is. 0 takes a pseudo-inverse.
+        relative_epsilon: the update then does not depend on the scale of the gradient.
+        exponent: p, 1/4 or 1/2; "kl" needs 1/2.
+        factors: what the factors average.
+        method: of the roots, "eigh" or "newton"; the latter never waits for a GPU, needs an epsilon, and is off by up
+            to 1e-2 in float32 at the default one.
+        nesterov: look ahead, m_hat = (beta1 m + (1 - beta1) G) / (1 - beta1^(t+1)).
+        precondition_frequency: steps between two roots; those in between use the old ones.
+        start_preconditioning_step: of the first roots, counted from 1. Until then the update is Adam's ("adam"), or the
+            momentum at an RMS of 0.2 ("rms_match").
+        max_preconditioner_dim: larger matrices are cut into blocks of at most this side, each with its own factors.
+        grafting: whose magnitude an update gets, per block. A zero update stays zero.
+        grafting_beta2: of v, the diagonal second moment, the only state of grafting="adam".
+        grafting_epsilon: of grafting="adam".
+        update_bias_correction: use halves of the batch where they are supplied; for factors="gradient" only.
+        weight_decay: times lr, or times lr over the first lr: see decay.
+        decay: "decoupled" or "independent".
+        cautious: decay only entries that the update moves towards zero.
+        maximize: ascend.
+        process_group: ranks that hold copies of the same plain parameters (DDP) and share the work. DTensors need none.
+
+    Raises:
+        GeometryError: a parameter is no matrix, or its splits do not fit.
+        InvalidInputError: a setting out of range, or two that exclude each other.
+
+    State: L, R and their roots, m and v, in float32 (float64 beside float64), on the owner of the matrix. A root that
+        cannot be computed in float32 is tried in float64; if that fails, too, the old one stays.
+    Source: arXiv:1802.09568; averages, grafting, blocks: arXiv:2309.06497; exponent 1/2: arXiv:2602.09314. KL-Shampoo:
+        arXiv:2509.03378; with amortized roots and corrected averages ours. Update bias: arXiv:2605.20756; ours from two
+        halves in place of many micro-batches.
+    """
+
+    averages: ClassVar[tuple[str, ...]] = ("betas", "grafting_beta2")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-6,
+        relative_epsilon: bool = True,
+        exponent: float = 0.25,
+        factors: Factors = "gradient",
+        method: Literal["eigh", "newton"] = "eigh",
+        nesterov: bool = False,
+        precondition_frequency: int = 50,
+        start_preconditioning_step: int = 1,
+        max_preconditioner_dim: int = 1024,
+        grafting: Grafting = "adam",
+        grafting_beta2: float = 0.999,
+        grafting_epsilon: float = 1e-8,
+        update_bias_correction: bool = False,
+        weight_decay: float = 0.0,
+        decay: Decay = "decoupled",
+        cautious: bool = False,
+        maximize: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "epsilon": epsilon,
+            "relative_epsilon": relative_epsilon,
+            "exponent": exponent,
+            "factors": factors,
+            "method": method,
+            "nesterov": nesterov,
+            "precondition_frequency": precondition_frequency,
+            "start_preconditioning_step": start_preconditioning_step,
+            "max_preconditioner_dim": max_preconditioner_dim,
+            "grafting": grafting,
+            "grafting_beta2": grafting_beta2,
+            "grafting_epsilon": grafting_epsilon,
+            "update_bias_correction": update_bias_correction,
+            "weight_decay": weight_decay,
+            "decay": decay,
+            "cautious": cautious,
+            "maximize": maximize,
+        }
+        self._differences: dict[Tensor, list[Tensor]] = {}
+        super().__init__(params, defaults, process_group=process_group)
+        self.register_step_pre_hook(_share_halves)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add matrices, with settings of their own if the group has any. On every rank alike."""
+        super().add_param_group(param_group)
+        _check(self.param_groups[-1])
+
+    @torch.no_grad()
+    def _share_halves(self) -> None:
+        """Bring the halves' differences to the owners of their matrices. Every rank was supplied alike."""
+        halves = self._take_halves()
+        for exchange, members in self._divided() if halves else ():
+            blocks = blocks_of([member.parameter for member in members])
+            outgoing = [
+                halves[member.parameter].to(block.dtype) if member.parameter in halves else torch.zeros_like(block)
+                for member, block in zip(members, blocks, strict=True)
+            ]
+            exchange.run(outgoing, partial(self._keep_differences, members, halves))
+
+    def _keep_differences(
+        self, members: Sequence[Any], halves: Mapping[Tensor, Tensor], indexes: Sequence[int], whole: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        for index, difference in zip(indexes, whole, strict=True):
+            parameter, group = members[index].parameter, self.param_groups[members[index].group]
+            if parameter in halves:
+                signed = -difference if group["maximize"] else difference
+                self._differences[parameter] = self._pieces(signed.contiguous(), group)
+        return whole
+
+    def _owned_updates(self, members: Sequence[Any], indexes: Sequence[int], whole: Sequence[Tensor]) -> list[Tensor]:
+        for index in indexes:
+            parameter = members[index].parameter
+            pieces = self._differences.pop(parameter, [])
+            if pieces and parameter.grad is not None:
+                self._check_loaded(parameter)
+                for number, piece in enumerate(pieces):
+                    MatrixState(self.state[parameter], number)["difference"] = piece
+        return super()._owned_updates(members, indexes, whole)
+
+    def _updates(self, matrices_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], step: int) -> Tensor:
+        grads_BMN = in_working_dtype(matrices_BMN)
+        halves = _halves_of(grads_BMN, states)
+        for_momentum_BMN, for_factors_BMN = halves or (grads_BMN, grads_BMN)
+        _observe(for_factors_BMN, states, group)
+        if is_due(step, group):
+            _refresh(halves, states, group, step)
+        momenta_BMN = _momenta(for_momentum_BMN, states, group, step)
+        if step < group["start_preconditioning_step"]:
+            updates_BMN = momenta_BMN
+        else:
+            updates_BMN = stacked(states, "left_root") @ momenta_BMN @ stacked(states, "right_root")
+        return _grafted(updates_BMN, grads_BMN, momenta_BMN, states, group, step)
+
+
+def _share_halves(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    assert isinstance(optimizer, Shampoo)
+    optimizer._share_halves()
+
+
+def _halves_of(grads_BMN: Tensor, states: Sequence[MatrixState]) -> tuple[Tensor, Tensor] | None:
+    """Gradients of halves A and B, if any matrix got its own; the whole gradient stands in for both elsewhere."""
+    found = [state.pop("difference", None) for state in states]
+    if all(difference is None for difference in found):
+        return None
+    zero_MN = torch.zeros_like(grads_BMN[0])
+    differences_BMN = torch.stack([zero_MN if difference is None else difference.to(zero_MN) for difference in found])
+    return grads_BMN + differences_BMN, grads_BMN - differences_BMN
+
+
+def _observe(grads_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any]) -> None:
+    """Let the factors average this gradient."""
+    rows, columns = grads_BMN.shape[-2:]
+    left = kept(states, "left", grads_BMN, rows, rows)
+    right = kept(states, "right", grads_BMN, columns, columns)
+    beta2 = group["betas"][1]
+    if group["factors"] == "gradient":
+        average_grams(left, grads_BMN, beta2)
+        average_grams(right, grads_BMN.mT, beta2)
+        return
+    seen_by_left, seen_by_right = grads_BMN, grads_BMN.mT
+    if "left_root" in states[0]:
+        seen_by_left = grads_BMN @ stacked(states, "right_root")
+        seen_by_right = grads_BMN.mT @ stacked(states, "left_root")
+    average_grams(left, seen_by_left, beta2, scale=1 / columns)
+    average_grams(right, seen_by_right, beta2, scale=1 / rows)
+
+
+def _refresh(
+    halves: tuple[Tensor, Tensor] | None, states: Sequence[MatrixState], group: dict[str, Any], step: int
+) -> None:
+    beta2 = group["betas"][1]
+    weights = correction(beta2, step)
+    damping = {"exponent": group["exponent"], "epsilon": group["epsilon"], "relative": group["relative_epsilon"]}
+    for side in ("left", "right"):
+        factors_BSS = stacked(states, side).div_(weights)
+        identity_SS = torch.eye(factors_BSS.shape[-1], dtype=factors_BSS.dtype, device=factors_BSS.device)
+        previous_BSS = torch.stack([state.get(f"{side}_root", identity_SS) for state in states])
+        if halves is None:
+            roots_BSS = inverse_roots(factors_BSS, method=group["method"], **damping)
+        else:
+            weight = 1.0 if beta2 == 1 else (1 - beta2) / weights
+            sides = [half_BMN if side == "left" else half_BMN.mT for half_BMN in halves]
+            roots_BSS = corrected_inverse_roots(factors_BSS, sides[0], sides[1], weight=weight, **damping)
+        replace(states, f"{side}_root", where_finite(roots_BSS, previous_BSS))
+
+
+def _check(group: dict[str, Any]) -> None:
+    infinity = float("inf")
+    check_betas("Shampoo", group["betas"], sum_allowed=True)
+    check_counts("Shampoo", group, start_preconditioning_step=1)
+    check_settings(
+        "Shampoo",
+        epsilon=(group["epsilon"], 0, infinity),
+        grafting_beta2=(group["grafting_beta2"], 0, 1),
+        grafting_epsilon=(group["grafting_epsilon"], 1e-30, infinity),
+    )
+    for name, words in (
+        ("factors", get_args(Factors)),
+        ("grafting", get_args(Grafting)),
+        ("method", ("eigh", "newton")),
+    ):
+        if group[name] not in words:
+            raise InvalidInputError(f"Shampoo has no {name}={group[name]!r}; there are {', '.join(words)}.")
+    if group["exponent"] not in (0.25, 0.5):
+        raise InvalidInputError(f"Shampoo takes exponents of 1/4 and 1/2, got exponent={group['exponent']!r}.")
+    if group["method"] == "newton" and group["epsilon"] == 0:
+        raise InvalidInputError(
+            "method='newton' inverts what has full rank, got epsilon=0; pass 1e-6, or method='eigh'."
+        )
+    if group["factors"] == "kl" and group["exponent"] != 0.5:
+        raise InvalidInputError(
+            f"factors='kl' estimate a covariance, whose exponent is 1/2, got exponent={group['exponent']!r}; "
+            "pass exponent=0.5."
+        )
+    if group["factors"] == "kl" and group["update_bias_correction"]:
+        raise InvalidInputError(
+            "update_bias_correction is for factors='gradient', got factors='kl'; leave one of them."
+        )
+    if group["grafting"] == "none" and group["start_preconditioning_step"] > 1:
+        raise InvalidInputError(
+            f"start_preconditioning_step={group['start_preconditioning_step']} leaves steps before it without any "
+            "magnitude when grafting='none'; start at 1, or graft."
+        )
+
+
+def _momenta(grads_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], step: int) -> Tensor:
+    """Corrected averages of the gradient, if asked for with a look ahead."""
+    beta1 = group["betas"][0]
+    if beta1 == 0:
+        return grads_BMN
+    buffers = kept(states, "momentum", grads_BMN)
+    average(buffers, grads_BMN, beta1)
+    momenta_BMN = torch.stack(buffers)
+    if group["nesterov"]:
+        momenta_BMN = torch.lerp(grads_BMN, momenta_BMN, beta1)
+        step += 1
+    return momenta_BMN.div_(correction(beta1, step))
+
+
+def _grafted(
+    updates_BMN: Tensor,
+    grads_BMN: Tensor,
+    momenta_BMN: Tensor,
+    states: Sequence[MatrixState],
+    group: dict[str, Any],
+    step: int,
+) -> Tensor:
+    if group["grafting"] == "none":
+        return updates_BMN
+    if group["grafting"] == "rms_match":
+        rows, columns = updates_BMN.shape[-2:]
+        return with_norm(updates_BMN, 0.2 * math.sqrt(rows * columns))
+    beta2 = group["grafting_beta2"]
+    second_moments = kept(states, "second_moment", grads_BMN)
+    average(second_moments, grads_BMN.square(), beta2)
+    denominators_BMN = torch.stack(second_moments).div_(correction(beta2, step)).sqrt_().add_(group["grafting_epsilon"])
+    adam_BMN = momenta_BMN / denominators_BMN
+    if step < group["start_preconditioning_step"]:
+        return adam_BMN
+    return with_norm(updates_BMN, torch.linalg.matrix_norm(adam_BMN, keepdim=True))
