@@ -51,6 +51,7 @@ class ASGO(MatrixOptimizer):
         decay: "decoupled" or "independent".
         cautious: decay only entries that the update moves towards zero.
         maximize: ascend.
+        spectral_normalization: give every update a spectral norm of (M / N)^(1/2), so that lr transfers over widths.
         process_group: ranks that hold copies of the same plain parameters (DDP) and share the work. DTensors need none.
 
     Raises:
@@ -77,6 +78,7 @@ class ASGO(MatrixOptimizer):
         decay: Decay = "decoupled",
         cautious: bool = False,
         maximize: bool = False,
+        spectral_normalization: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         defaults = {
@@ -88,6 +90,7 @@ class ASGO(MatrixOptimizer):
             "decay": decay,
             "cautious": cautious,
             "maximize": maximize,
+            "spectral_normalization": spectral_normalization,
         }
         super().__init__(params, defaults, process_group=process_group)
 

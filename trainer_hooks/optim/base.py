@@ -71,8 +71,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._exchanges: list[tuple[Exchange, list[_Member]]] | None = None
         self._loaded = False
         defaults = {"split_sizes": None, "num_heads": None, "batched": False, **defaults}
-        if self.owns_state:
-            defaults.setdefault("spectral_normalization", False)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -230,6 +230,8 @@ class _Optimizer:
         """By which its settings follow the width."""
         if self.name in rules:
             return rules[self.name]
+        if self.settings.get("spectral_normalization"):
+            return TransferRule("spectral")
         name = _KINDS[self.name][1] if self.name in _KINDS else None
         grafting = self.settings.get("grafting", "none")
         if name == "shampoo" and grafting == "adam":

@@ -90,6 +90,7 @@ class Shampoo(TakesHalves, FactoredOptimizer):
         decay: "decoupled" or "independent".
         cautious: decay only entries that the update moves towards zero.
         maximize: ascend.
+        spectral_normalization: give every update a spectral norm of (M / N)^(1/2), so that lr transfers over widths.
         process_group: ranks that hold copies of the same plain parameters (DDP) and share the work. DTensors need none.
 
     Raises:
@@ -128,6 +129,7 @@ class Shampoo(TakesHalves, FactoredOptimizer):
         decay: Decay = "decoupled",
         cautious: bool = False,
         maximize: bool = False,
+        spectral_normalization: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         defaults = {
@@ -150,6 +152,7 @@ class Shampoo(TakesHalves, FactoredOptimizer):
             "decay": decay,
             "cautious": cautious,
             "maximize": maximize,
+            "spectral_normalization": spectral_normalization,
         }
         self._differences: dict[Tensor, list[Tensor]] = {}
         super().__init__(params, defaults, process_group=process_group)

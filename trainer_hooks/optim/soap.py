@@ -69,6 +69,7 @@ class SOAP(FactoredOptimizer):
         decay: "decoupled" or "independent".
         cautious: decay only entries that the update moves towards zero, before the step.
         maximize: ascend.
+        spectral_normalization: give every update a spectral norm of (M / N)^(1/2), so that lr transfers over widths.
         process_group: ranks that hold copies of the same plain parameters (DDP) and share the work. DTensors need none.
 
     Raises:
@@ -97,6 +98,7 @@ class SOAP(FactoredOptimizer):
         decay: Decay = "decoupled",
         cautious: bool = False,
         maximize: bool = False,
+        spectral_normalization: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         defaults = {
@@ -111,6 +113,7 @@ class SOAP(FactoredOptimizer):
             "decay": decay,
             "cautious": cautious,
             "maximize": maximize,
+            "spectral_normalization": spectral_normalization,
         }
         super().__init__(params, defaults, process_group=process_group)
 

@@ -1,0 +1,59 @@
+"""Updates of a stated spectral norm, whatever the optimizer and the width."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+from torch import nn
+
+from gns_controller.core.errors import InvalidInputError
+from tests.trainer_hooks.optim.streams import gradients
+from trainer_hooks.optim import ASGO, SOAP, EShampoo, Shampoo
+from trainer_hooks.optim.grouping import parameter_groups
+from trainer_hooks.optim.transfer import base_shapes_of
+
+
+@pytest.mark.parametrize("kind", [Shampoo, EShampoo, SOAP, ASGO])
+@pytest.mark.parametrize("shape", [(12, 6), (6, 12)])
+def test_every_update_has_the_spectral_norm_of_its_shape(
+    kind: type[torch.optim.Optimizer], shape: tuple[int, int]
+) -> None:
+    parameter = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+    optimizer = kind([parameter], lr=1.0, weight_decay=0.0, spectral_normalization=True)
+    (drift,) = gradients(*shape, steps=1)
+    norms = []
+    for noise in gradients(*shape, steps=40):
+        before = parameter.detach().clone()
+        parameter.grad = 5 * drift + noise
+        optimizer.step()
+        norms.append(float(torch.linalg.matrix_norm(parameter.detach() - before, 2)))
+    wanted = math.sqrt(shape[0] / shape[1])
+    # The power method finds the norm from below: never under, above where a new root has just turned the top direction,
+    # and never by more than the Frobenius norm allows.
+    settled = norms[5:]
+    assert min(settled) >= wanted * (1 - 1e-9)
+    assert statistics.median(settled) < 1.02 * wanted
+    assert max(settled) < math.sqrt(min(shape)) * wanted
+
+
+def test_its_rate_needs_no_multiplier_over_widths() -> None:
+    def model(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, width), nn.Linear(width, width), nn.Linear(width, 8))
+
+    groups = parameter_groups(
+        model(64),
+        hidden=SOAP,
+        hidden_options={"spectral_normalization": True},
+        base_shapes=base_shapes_of(model(16)),
+    )
+    rates = {row.name: row.learning_rate_multiplier for row in groups.groups if row.optimizer == "SOAP"}
+    assert rates
+    assert set(rates.values()) == {1.0}
+
+
+def test_blocks_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match="max_preconditioner_dim"):
+        Shampoo([nn.Parameter(torch.zeros(8, 6))], max_preconditioner_dim=4, spectral_normalization=True)
