@@ -67,7 +67,7 @@ SERVICE = {
 }
 TRAINER = {
     "trainer_hooks.estimators": (1, {"torch"}),
-    "trainer_hooks.kernels": (0.5, {"torch"}),
+    "trainer_hooks.kernels": (0.5, {"torch", "triton"}),
     "trainer_hooks.sharding": (0.7, {"torch"}),
     "trainer_hooks.kinds": (0.7, {"torch"}),
     "trainer_hooks.collectives": (1, {"torch"}),

@@ -1,0 +1,165 @@
+"""Inverse roots of symmetric positive semidefinite matrices, for preconditioners of the Shampoo family.
+
+S = side, B = matrices in a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from gns_controller.core.errors import GeometryError, InvalidInputError
+from trainer_hooks.kernels.schedules import POLAR_EXPRESS_8
+
+InverseRootMethod = Literal["eigh", "newton", "polar_express"]
+"""How (A + e I)^(-1/root) is computed.
+
+eigh            eigendecompositions: any root. A float32 decomposition that fails is done again in float64. On a GPU it
+                waits for the host.
+newton          coupled Newton iteration, products only: a whole root. 35 iterations in float32 and 60 in float64, of
+                2 + log2(root) to 1 + 2 log2(root) products. Never waits for the host.
+polar_express   coupled iteration with the eight polynomials of POLAR_EXPRESS_8, 32 products: root 2 only, and converged
+                for eigenvalues down to 1e-6 of ||A + e I||_F; below, the root comes out too small, by 1 % at 1e-7, by
+                43 % at 1e-8. Never waits for the host.
+"""
+
+_NEWTON_ITERATIONS = {torch.float32: 35, torch.float64: 60}
+"""Each multiplies a small eigenvalue by (1 + 1/root)^root >= 2 until it is near 1: enough for 3e-10 and 1e-17 of the
+largest, below what rounding leaves. Iterating on changes nothing."""
+_POWER_ITERATIONS = 20
+
+
+@torch.no_grad()
+def inverse_root(
+    factor: Tensor,
+    *,
+    root: float,
+    epsilon: float,
+    relative: bool = False,
+    method: InverseRootMethod = "eigh",
+) -> Tensor:
+    """Inverse root of symmetric positive semidefinite matrices, damped.
+
+        A = Q diag(l) Q^T   ->   Q diag((max(l, 0) + e)^(-1/root)) Q^T
+
+    Negative eigenvalues of a factor are rounding: eigh puts them to zero before e is added; the other two methods add
+    e to what is there.
+
+    Args:
+        factor: (..., S, S), float32 or float64, symmetric; of it eigh reads the lower triangle.
+        root: positive. 2 and 4 are Shampoo's; 4/3 needs eigh.
+        epsilon: e, in the units of the factor, zero or more. Without it, a factor that lacks full rank has no root.
+        relative: e = epsilon * (largest eigenvalue of this matrix), which the iterative methods know to 10 % from
+            20 power iterations. Of a zero matrix that is zero.
+        method: see InverseRootMethod.
+
+    Returns:
+        Same shape and dtype, symmetric. A matrix without a finite answer is NaN all over and leaves the others of its
+        batch alone: it held what is not finite, it and e lack full rank, or the iteration did not converge. Keep the
+        previous root there: torch.where(new.isfinite().all(-1, True).all(-2, True), new, previous).
+
+    Raises:
+        GeometryError: not square matrices.
+        InvalidInputError: root, epsilon, dtype or method out of range.
+
+    Errors: eigh knows an eigenvalue to 3e-7 of the largest in float32. With e at 1e-3 of the largest the root is off by
+        2e-4 of its Frobenius norm, at 1e-5 by 1e-2; the iterations by no more. Smaller e wants float64.
+    Source: eigh and newton, arXiv:2309.06497 and its code; polar_express, arXiv:2505.16932 as ASGO uses it.
+    """
+    _check(factor, root=root, epsilon=epsilon, method=method)
+    batch_BSS = factor.reshape(-1, *factor.shape[-2:])
+    finite = batch_BSS.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    batch_BSS = torch.where(finite, batch_BSS, torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device))
+    if method == "eigh":
+        found_BSS = _by_eigenvalues(batch_BSS, root, epsilon, relative)
+    else:
+        damping = (
+            epsilon * _largest_eigenvalue(batch_BSS) if relative else torch.full_like(batch_BSS[:, :1, 0], epsilon)
+        )
+        damped_BSS = batch_BSS + torch.diag_embed(damping.expand(-1, factor.shape[-1]))
+        found_BSS = _by_newton(damped_BSS, round(root)) if method == "newton" else _by_polar_express(damped_BSS)
+    found_BSS = (found_BSS + found_BSS.mT) / 2
+    found_BSS = torch.where(finite & found_BSS.isfinite().all(-1, True).all(-2, True), found_BSS, math.nan)
+    return found_BSS.view(factor.shape)
+
+
+def _check(factor: Tensor, *, root: float, epsilon: float, method: str) -> None:
+    if factor.ndim < 2 or factor.shape[-1] != factor.shape[-2]:
+        raise GeometryError(f"inverse_root takes square matrices, (..., S, S), got shape {tuple(factor.shape)}.")
+    if factor.dtype not in (torch.float32, torch.float64):
+        raise InvalidInputError(f"inverse_root computes in float32 or float64, got {factor.dtype}: convert the factor.")
+    if not (0 < root < math.inf and 0 <= epsilon < math.inf):
+        raise InvalidInputError(f"inverse_root needs root > 0 and epsilon >= 0, both finite, got {root=}, {epsilon=}.")
+    if method not in get_args(InverseRootMethod):
+        raise InvalidInputError(f"{method=} is none of {', '.join(get_args(InverseRootMethod))}.")
+    if (method == "newton" and root != round(root)) or (method == "polar_express" and root != 2):
+        wanted = "a whole root" if method == "newton" else "root=2"
+        raise InvalidInputError(f"{method=} takes {wanted}, got {root=}; method='eigh' takes any.")
+
+
+def _by_eigenvalues(batch_BSS: Tensor, root: float, epsilon: float, relative: bool) -> Tensor:
+    values_BS, basis_BSS = eigenvalues_and_basis(batch_BSS)
+    values_BS = values_BS.clamp_min(0)
+    values_BS = values_BS + (epsilon * values_BS[:, -1:] if relative else epsilon)
+    found_BSS = (basis_BSS * values_BS.pow(-1 / root).unsqueeze(-2)) @ basis_BSS.mT
+    return found_BSS.to(batch_BSS.dtype)
+
+
+def eigenvalues_and_basis(batch_BSS: Tensor) -> tuple[Tensor, Tensor]:
+    """torch.linalg.eigh, ascending; what fails in float32 is done again in float64, and returned in it.
+
+    A matrix that fails in float64 as well is NaN; the rest of its batch is not.
+    """
+    try:
+        values_BS, basis_BSS = torch.linalg.eigh(batch_BSS)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, not re-exported
+        if batch_BSS.dtype != torch.float64:
+            return eigenvalues_and_basis(batch_BSS.double())
+        if len(batch_BSS) == 1:
+            return torch.full_like(batch_BSS[:, 0], math.nan), torch.full_like(batch_BSS, math.nan)
+        pairs = [eigenvalues_and_basis(matrix.unsqueeze(0)) for matrix in batch_BSS]
+        return torch.cat([values for values, _ in pairs]), torch.cat([basis for _, basis in pairs])
+    return values_BS, basis_BSS
+
+
+def _by_newton(damped_BSS: Tensor, root: int) -> Tensor:
+    """M -> I and X -> A^(-1/p):  T = ((p + 1) I - M) / p,  X <- X T,  M <- T^p M."""
+    side = damped_BSS.shape[-1]
+    identity_SS = torch.eye(side, dtype=damped_BSS.dtype, device=damped_BSS.device)
+    scale = (root + 1) / (2 * torch.linalg.matrix_norm(damped_BSS, keepdim=True))
+    M_BSS, X_BSS = scale * damped_BSS, scale.pow(1 / root) * identity_SS
+    for _ in range(_NEWTON_ITERATIONS[damped_BSS.dtype]):
+        T_BSS = ((root + 1) * identity_SS - M_BSS) / root
+        X_BSS = X_BSS @ T_BSS
+        M_BSS = torch.linalg.matrix_power(T_BSS, root) @ M_BSS
+    residual = (M_BSS - identity_SS).abs().amax(dim=(-2, -1), keepdim=True)
+    found: Tensor = torch.where(residual < 0.1, X_BSS, math.nan)
+    return found
+
+
+def _by_polar_express(damped_BSS: Tensor) -> Tensor:
+    """Y -> A^(1/2) and Z -> A^(-1/2), of A divided by its norm; the polynomials act on the root of an eigenvalue."""
+    norm = POLAR_EXPRESS_8.norm_margin * torch.linalg.matrix_norm(damped_BSS, keepdim=True)
+    Y_BSS = damped_BSS / norm
+    Z_BSS = torch.eye(damped_BSS.shape[-1], dtype=damped_BSS.dtype, device=damped_BSS.device).expand_as(Y_BSS)
+    for a, b, c in POLAR_EXPRESS_8.coefficients:
+        product_BSS = Z_BSS @ Y_BSS
+        polynomial_BSS = torch.baddbmm(product_BSS, product_BSS, product_BSS, beta=b, alpha=c)
+        Y_BSS = torch.baddbmm(Y_BSS, Y_BSS, polynomial_BSS, beta=a)
+        Z_BSS = torch.baddbmm(Z_BSS, polynomial_BSS, Z_BSS, beta=a)
+    found: Tensor = Z_BSS / norm.sqrt()
+    return found
+
+
+def _largest_eigenvalue(batch_BSS: Tensor) -> Tensor:
+    """(B, 1), low by a few per cent at most, from the column of the largest diagonal entry."""
+    column = batch_BSS.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)[:, None, None]
+    vector_BS1 = batch_BSS.take_along_dim(column, dim=-1)
+    for _ in range(_POWER_ITERATIONS):
+        length = torch.linalg.vector_norm(vector_BS1, dim=-2, keepdim=True)
+        vector_BS1 = batch_BSS @ (vector_BS1 / torch.where(length == 0, 1, length))
+    found: Tensor = torch.linalg.vector_norm(vector_BS1, dim=-2)
+    return found
