@@ -9,33 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer_hooks.optim import Muon
-
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_lines_to_attach_train_a_model_to_the_end_of_its_budget(monkeypatch: Any, tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text()
-    [block] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    block, groups = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     block = block.replace("1_562_500", "1_280").replace("234_375", "192")
     # No controller runs: what is measured goes to the spool, training goes on.
     monkeypatch.chdir(tmp_path)
     block = block.replace("127.0.0.1:8000", "127.0.0.1:9")
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
     rows = torch.randn(256, 5, generator=torch.Generator().manual_seed(0))
 
     def loss_of(network: nn.Module, batch: Tensor) -> Tensor:
         return (network(batch[:, :4]) - batch[:, 4:]).square().mean()
 
-    names: dict[str, Any] = {
-        "model": model,
-        "muon": Muon(matrices, lr=0.02),
-        "adamw": torch.optim.AdamW(others, lr=1e-3),
-        "dataset": rows,
-        "loss_of": loss_of,
-    }
+    names: dict[str, Any] = {"model": model, "dataset": rows, "loss_of": loss_of}
+    exec(compile(groups, "README.md", "exec"), names)
     exec(compile(block, "README.md", "exec"), names)
     assert names["session"].samples_seen == 1280
     assert list((tmp_path / ".gns" / "spool" / "llama-160m").glob("*.jsonl"))
