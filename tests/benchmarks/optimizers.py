@@ -32,6 +32,7 @@ from trainer_hooks.optim import ASGO, SOAP, AdamW, EShampoo, Muon, Scion, Shampo
 LLAMA_160M_LAYER = ((768, 768),) * 4 + ((2048, 768),) * 2 + ((768, 2048),)
 DEMO_SIZE = LlamaConfig()
 TOKENS_AT_ONCE = 2048
+Shapes = Sequence[tuple[int, ...]]
 Optimizers = dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]
 
 OURS: Optimizers = {
@@ -71,7 +72,7 @@ def peers() -> Optimizers:
     return found
 
 
-def parameters_of(shapes: Sequence[tuple[int, ...]]) -> list[nn.Parameter]:
+def parameters_of(shapes: Shapes) -> list[nn.Parameter]:
     """Matrices with gradients like those of a network: low rank and noise."""
     generator = torch.Generator().manual_seed(0)
     found = []
@@ -81,6 +82,18 @@ def parameters_of(shapes: Sequence[tuple[int, ...]]) -> list[nn.Parameter]:
         parameter.grad = left @ right.mT + torch.randn(rows, columns, generator=generator)
         found.append(parameter)
     return found
+
+
+def stepping(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> Callable[[], object]:
+    """Steps with the same gradients again, which some optimizers use up."""
+    grads = [parameter.grad for parameter in parameters]
+
+    def run() -> None:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        optimizer.step()
+
+    return run
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -105,13 +118,13 @@ def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def step_rows(shapes: Sequence[tuple[int, ...]], size: str, rounds: int) -> list[dict[str, Any]]:
+def step_rows(shapes: Shapes, size: str, rounds: int) -> list[dict[str, Any]]:
     """A step of every optimizer. Refreshes of bases and roots fall into the rounds as they come, and are counted."""
     built = {}
     for name, build in (OURS | TORCHS | peers()).items():
         parameters = parameters_of(shapes)
         built[name] = (build(parameters), parameters)
-    seconds = interleaved({name: optimizer.step for name, (optimizer, _) in built.items()}, rounds)
+    seconds = interleaved({name: stepping(*both) for name, both in built.items()}, rounds)
     weights = sum(rows * columns for rows, columns in shapes) * 4
     return [
         {
@@ -125,7 +138,7 @@ def step_rows(shapes: Sequence[tuple[int, ...]], size: str, rounds: int) -> list
     ]
 
 
-def accuracy_rows(shapes: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
+def accuracy_rows(shapes: Shapes) -> list[dict[str, Any]]:
     """How near the updates of both sides are to the exact factor, on the same gradients."""
     builds: Optimizers = {
         "Muon": lambda p: Muon(p, lr=1.0, momentum=0.0, nesterov=False, scale="none"),
@@ -156,12 +169,12 @@ def accuracy_rows(shapes: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
     return found
 
 
-def product_flops(shapes: Sequence[tuple[int, ...]], num_steps: int = 5) -> float:
+def product_flops(shapes: Shapes, num_steps: int = 5) -> float:
     """Of Jordan's iteration, evaluated directly: X X^T, A A and (b A + c A A) X in every step."""
     return float(sum(num_steps * (4 * min(shape) ** 2 * max(shape) + 2 * min(shape) ** 3) for shape in shapes))
 
 
-def matmul_steps(shapes: Sequence[tuple[int, ...]], num_steps: int = 5) -> Callable[[], object]:
+def matmul_steps(shapes: Shapes, num_steps: int = 5) -> Callable[[], object]:
     """The products of Jordan's iteration and nothing else, in bfloat16."""
     matrices = [torch.randn(min(shape), max(shape)).bfloat16() for shape in shapes]
 
@@ -177,11 +190,14 @@ def matmul_steps(shapes: Sequence[tuple[int, ...]], num_steps: int = 5) -> Calla
     return run
 
 
-def muon_against_torch(shapes: Sequence[tuple[int, ...]], rounds: int) -> dict[str, float]:
+def muon_against_torch(shapes: Shapes, rounds: int) -> dict[str, float]:
     """Seconds of a step, one process."""
     sides: Optimizers = {"ours": OURS["Muon"], "torch": TORCHS["torch Muon"]}
     sides |= {name: build for name, build in peers().items() if "Muon" in name}
-    steps: dict[str, Callable[[], object]] = {name: build(parameters_of(shapes)).step for name, build in sides.items()}
+    steps: dict[str, Callable[[], object]] = {}
+    for name, build in sides.items():
+        parameters = parameters_of(shapes)
+        steps[name] = stepping(build(parameters), parameters)
     return interleaved(steps | {"products": matmul_steps(shapes)}, rounds)
 
 
@@ -222,15 +238,6 @@ def worker(layers: int, rounds: int) -> None:
         print(json.dumps(seconds))
     dist.barrier()
     dist.destroy_process_group()
-
-
-class Layer(nn.Module):
-    """One layer of Llama-160M's shapes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        config = LlamaConfig(vocabulary_size=8, width=768, num_layers=1, num_heads=12, context=TOKENS_AT_ONCE)
-        self.block = Llama(config)
 
 
 def training_rows(tokens: int, rounds: int) -> tuple[list[dict[str, Any]], float]:
