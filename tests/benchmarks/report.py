@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,13 @@ def show(result: dict[str, Any], *, as_json: bool) -> None:
         print(json.dumps(result, indent=2))
         return
     print("  ".join(f"{name}={value}" for name, value in result["environment"].items()))
-    _table(result["rows"])
+    for _, rows in groupby(result["rows"], key=list):
+        _table(list(rows))
     for name, value in result["summary"].items():
         print(f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}")
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> None:
-    if not rows:
-        return
     names = list(rows[0])
     cells = [[f"{row[n]:.4g}" if isinstance(row[n], float) else str(row[n]) for n in names] for row in rows]
     widths = [max(len(n), *(len(line[i]) for line in cells)) for i, n in enumerate(names)]
