@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, overload
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from trainer_hooks.optim.decay import (
     state_block,
 )
 from trainer_hooks.optim.halves import TakesHalves
+from trainer_hooks.optim.stepping import Stepping
 
 
-class AdamW(TakesHalves, torch.optim.Optimizer):
+class AdamW(TakesHalves, Stepping):
     """Adam with decoupled weight decay, by torch's conventions: state and checkpoints are those of torch.optim.AdamW.
 
         m <- beta1 m + (1 - beta1) g          m^ = m / (1 - beta1^t)
@@ -108,17 +109,7 @@ class AdamW(TakesHalves, torch.optim.Optimizer):
             raise InvalidInputError(f"{kind} steps real parameters; give it torch.view_as_real of complex ones.")
         remember_peak(group)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; parameters without gradient are left alone."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         halves = self._take_halves()
         for group in self.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -129,7 +120,6 @@ class AdamW(TakesHalves, torch.optim.Optimizer):
                     corrected = moments.corrected_updates(grads, _signed(halves, parameters, group)) if corrects else []
                     moments.take_in(grads)
                     descend(blocks_of(parameters), corrected or moments.updates(), group)
-        return loss
 
 
 class _Moments:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from math import prod
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from gns_controller.core.errors import GeometryError, InvalidInputError
 from trainer_hooks.optim.decay import blocks_of, check_decay, check_settings, descend, gradient_of, remember_peak
 from trainer_hooks.optim.exchange import Exchange, layout_key
 from trainer_hooks.optim.matrices import MatrixState, matrices_of
+from trainer_hooks.optim.stepping import Stepping
 from trainer_hooks.optim.transfer import power_iterations, spectrally_normalized
 
 _MAX_BATCH_NUMEL = 2**27
@@ -44,7 +45,7 @@ class _Item(NamedTuple):
     update: Tensor
 
 
-class MatrixOptimizer(torch.optim.Optimizer):
+class MatrixOptimizer(Stepping):
     """Base of optimizers whose update of a matrix needs the whole matrix.
 
     Args:
@@ -103,17 +104,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     "spectral_normalization is of whole matrices: raise max_preconditioner_dim, or leave it out."
                 )
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; parameters without gradient are left alone. Every rank that holds the parameters calls it."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         for exchange, members in self._divided():
             if self.owns_state:
                 self._count_step(members)
@@ -125,7 +116,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     if member.group == number and member.parameter.grad is not None
                 ]
                 self._apply([parameter for parameter, _ in moving], [update for _, update in moving], group)
-        return loss
 
     @abstractmethod
     def _updates(self, matrices_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], step: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, overload
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ from trainer_hooks.optim.decay import (
     remember_peak,
     state_block,
 )
+from trainer_hooks.optim.stepping import Stepping
 
 
-class Signum(torch.optim.Optimizer):
+class Signum(Stepping):
     """Sign of an exponential average of gradients.
 
         m <- beta m + (1 - beta) g        w <- w (1 - lr weight_decay) - lr sign(m)
@@ -65,22 +66,11 @@ class Signum(torch.optim.Optimizer):
         check_decay(kind, group["decay"])
         remember_peak(group)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; parameters without gradient are left alone. Blocks of DTensors are stepped where they lie."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             directions = self._averaged(parameters, group)
             descend(blocks_of(parameters), list(torch._foreach_sign(directions)) if directions else [], group)
-        return loss
 
     def _averaged(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
         grads = [gradient_of(parameter, group) for parameter in parameters]
