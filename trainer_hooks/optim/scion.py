@@ -5,9 +5,9 @@ M = rows, N = columns, B = matrices of one shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from math import prod, sqrt
-from typing import Any, ClassVar, Literal, get_args, overload
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -114,20 +114,13 @@ class Scion(MatrixOptimizer):
         if norm != "sign" and not is_vector:
             super()._check_parameter(parameter, group)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; parameters without gradient are left alone. Every rank that holds the parameters calls it."""
-        loss = super().step(closure)
+    def _step(self) -> None:
+        super()._step()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None and not self._needs_whole(p, group)]
             averages = self._directions(parameters, group) if parameters else []
             updates = [_nearby(average, p, group) for average, p in zip(averages, parameters, strict=True)]
             self._apply(parameters, [update.mul_(group["scale"]) for update in updates], group)
-        return loss
 
     def _needs_whole(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         norm = group["norm"]

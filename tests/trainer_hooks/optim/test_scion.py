@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from gns_controller.core.errors import GeometryError, InvalidInputError
+from tests.trainer_hooks.optim.streams import gradients, run
 from trainer_hooks.kernels import EXACT
 from trainer_hooks.optim.scion import Scion
 
@@ -24,18 +25,6 @@ CASES = [
     ("sign", VECTOR),
     ("bias_rms", VECTOR),
 ]
-
-
-def grads_of(shape: tuple[int, ...], steps: int = 20) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
-
-
-def feed(optimizer: torch.optim.Optimizer, moving: torch.nn.Parameter, grads: list[Tensor]) -> Tensor:
-    for grad in grads:
-        moving.grad = grad.to(moving.dtype).clone()
-        optimizer.step()
-    return moving.detach().double()
 
 
 def oracle(norm: str, average: Tensor) -> Tensor:
@@ -76,9 +65,9 @@ def ball_norm(norm: str, weight: Tensor) -> float:
 def test_it_follows_its_recursion(norm: Any, shape: tuple[int, ...], constrained: bool, dtype: torch.dtype) -> None:
     moving = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
     settings = {"lr": 0.05, "momentum": 0.8, "scale": 3.0, "weight_decay": float(constrained)}
-    found = feed(Scion([moving], norm=norm, schedule=EXACT, dtype=None, **settings), moving, grads_of(shape))
+    found = run(Scion([moving], norm=norm, schedule=EXACT, dtype=None, **settings), moving, gradients(*shape))
     weight, average = torch.ones(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-    for grad in grads_of(shape):
+    for grad in gradients(*shape):
         average = 0.8 * average + 0.2 * grad
         weight = (1 - 0.05 * constrained) * weight - 0.05 * 3.0 * oracle(norm, average)
     # spectral: condition of the orthogonal factor, about 100, times 20 roundings; the others are far below that.
@@ -88,37 +77,37 @@ def test_it_follows_its_recursion(norm: Any, shape: tuple[int, ...], constrained
 @pytest.mark.parametrize(("norm", "shape"), CASES)
 def test_a_step_reaches_the_dual_norm_and_the_weights_stay_in_the_ball(norm: Any, shape: tuple[int, ...]) -> None:
     # <g, P(g)> is the most that any point of the unit ball reaches, so no random point of the ball does better.
-    grads = grads_of(shape, steps=40)
+    grads = gradients(*shape, steps=40)
     moving = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
-    step = -feed(Scion([moving], lr=1.0, momentum=0.0, norm=norm, schedule=EXACT, dtype=None), moving, grads[:1])
+    step = -run(Scion([moving], lr=1.0, momentum=0.0, norm=norm, schedule=EXACT, dtype=None), moving, grads[:1])
     assert ball_norm(norm, step) == pytest.approx(1, rel=1e-12)
     for other in grads[1:]:
         assert float((grads[0] * other).sum()) / ball_norm(norm, other) < float((grads[0] * step).sum())
     optimizer = Scion([moving], lr=0.3, norm=norm, scale=2.0, schedule=EXACT, dtype=None)
-    norms = [ball_norm(norm, feed(optimizer, moving, [grad])) for grad in grads]
+    norms = [ball_norm(norm, run(optimizer, moving, [grad])) for grad in grads]
     assert max(norms) <= 2 * (1 + 1e-12)
-    feed(optimizer, moving, [grads[0]] * 60)
+    run(optimizer, moving, [grads[0]] * 60)
     assert ball_norm(norm, moving.detach()) == pytest.approx(2, rel=1e-3)  # 0.7^60 and 0.9^60 of the past are left
 
 
 @pytest.mark.parametrize(("norm", "shape"), CASES)
 def test_zeros_stay_zero_and_no_gradient_is_too_small(norm: Any, shape: tuple[int, ...]) -> None:
     settings: dict[str, Any] = {"lr": 1.0, "momentum": 0.0, "norm": norm, "schedule": EXACT, "dtype": None}
-    grad = grads_of(shape)[0]
+    grad = gradients(*shape)[0]
     grad[0] = 0
     if grad.ndim == 2:
         grad[:, 1] = 0
     one, small, none = (torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for _ in range(3))
-    step = feed(Scion([one], **settings), one, [grad])
+    step = run(Scion([one], **settings), one, [grad])
     rounding = 1e-14 if norm == "spectral" else 0.0
     assert float(step[grad == 0].abs().max()) <= rounding
-    assert torch.allclose(feed(Scion([small], **settings), small, [1e-20 * grad]), step, rtol=1e-9)
-    assert torch.equal(feed(Scion([none], **settings), none, [torch.zeros_like(grad)]), torch.zeros_like(grad))
+    assert torch.allclose(run(Scion([small], **settings), small, [1e-20 * grad]), step, rtol=1e-9)
+    assert torch.equal(run(Scion([none], **settings), none, [torch.zeros_like(grad)]), torch.zeros_like(grad))
 
 
 def test_groups_have_norms_of_their_own_and_convolutions_and_experts_are_matrices() -> None:
     shapes = {"sign": (5, 2, 3, 3), "row": (5, 2, 3), "column": (2, 5, 4), "spectral": (2, 4, 5)}
-    grads = {norm: grads_of(shape)[0] for norm, shape in shapes.items()}
+    grads = {norm: gradients(*shape)[0] for norm, shape in shapes.items()}
     moving = {norm: torch.nn.Parameter(torch.zeros_like(grad)) for norm, grad in grads.items()}
     batched = ("column", "spectral")
     optimizer = Scion(
@@ -164,7 +153,7 @@ def test_only_what_is_cut_across_its_norm_is_gathered(
     plain = torch.nn.Parameter(whole.clone())
     settings: dict[str, Any] = {"lr": 0.1, "norm": norm, "schedule": EXACT, "dtype": None}
     optimizer, reference = Scion([sharded], **settings), Scion([plain], **settings)
-    for grad in grads_of((6, 4), steps=5):
+    for grad in gradients(6, 4, steps=5):
         plain.grad = grad.clone()
         sharded.grad = DTensor.from_local(grad.clone(), mesh, [placement], run_check=False)
         optimizer.step()
@@ -176,7 +165,7 @@ def test_only_what_is_cut_across_its_norm_is_gathered(
 
 def test_a_sharded_bias_is_normalized_as_a_whole(mesh: DeviceMesh) -> None:
     moving = torch.nn.Parameter(distribute_tensor(torch.zeros(7, dtype=torch.float64), mesh, [Shard(0)]))
-    grad = grads_of(VECTOR)[0]
+    grad = gradients(*VECTOR)[0]
     moving.grad = distribute_tensor(grad, mesh, [Shard(0)])
     Scion([moving], lr=1.0, norm="bias_rms").step()
     assert isinstance(moving, DTensor)
@@ -186,14 +175,14 @@ def test_a_sharded_bias_is_normalized_as_a_whole(mesh: DeviceMesh) -> None:
 @pytest.mark.parametrize(("norm", "shape"), [("spectral", WIDE), ("row", TALL), ("bias_rms", VECTOR)])
 def test_a_saved_optimizer_goes_on_bit_for_bit_and_up_is_the_mirror_of_down(norm: Any, shape: tuple[int, ...]) -> None:
     straight, moving, up, still = (torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for _ in range(4))
-    grads = grads_of(shape)
-    expected = feed(Scion([straight], lr=0.1, norm=norm), straight, grads)
+    grads = gradients(*shape)
+    expected = run(Scion([straight], lr=0.1, norm=norm), straight, grads)
     before = Scion([moving], lr=0.1, norm=norm)
-    feed(before, moving, grads[:7])
+    run(before, moving, grads[:7])
     after = Scion([moving], lr=0.7, norm=norm)
     after.load_state_dict(copy.deepcopy(before.state_dict()))
-    assert torch.equal(feed(after, moving, grads[7:]), expected)
-    assert torch.equal(feed(Scion([up, still], lr=0.1, norm=norm, maximize=True), up, grads), -expected)
+    assert torch.equal(run(after, moving, grads[7:]), expected)
+    assert torch.equal(run(Scion([up, still], lr=0.1, norm=norm, maximize=True), up, grads), -expected)
     assert torch.equal(still, torch.zeros_like(still))
 
 

@@ -7,21 +7,10 @@ import torch
 from torch import Tensor
 
 from gns_controller.core.errors import GeometryError, InvalidInputError
+from tests.trainer_hooks.optim.streams import gradients, run
 from trainer_hooks.optim.sinkgd import SinkGD
 
 SHAPES = [(4, 12), (12, 4), (6, 6)]
-
-
-def grads_of(shape: tuple[int, ...], steps: int = 20) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
-
-
-def feed(optimizer: torch.optim.Optimizer, moving: torch.nn.Parameter, grads: list[Tensor]) -> Tensor:
-    for grad in grads:
-        moving.grad = grad.to(moving.dtype).clone()
-        optimizer.step()
-    return moving.detach().double()
 
 
 def sinkhorn(grad: Tensor, rounds: int) -> Tensor:
@@ -40,30 +29,30 @@ def sinkhorn(grad: Tensor, rounds: int) -> Tensor:
 def test_it_follows_the_loop(shape: tuple[int, ...], dtype: torch.dtype, bound: float) -> None:
     # Ten divisions and a sum of rounded steps: some ulps of the weights, which are of the distance's order.
     moving = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
-    found = feed(SinkGD([moving], lr=0.05, weight_decay=0.1), moving, [grad.to(dtype) for grad in grads_of(shape)])
+    found = run(SinkGD([moving], lr=0.05, weight_decay=0.1), moving, [grad.to(dtype) for grad in gradients(*shape)])
     expected = torch.ones(shape, dtype=torch.float64)
-    for grad in grads_of(shape):
+    for grad in gradients(*shape):
         expected = expected * (1 - 0.05 * 0.1) - 0.05 * sinkhorn(grad.to(dtype), 5)
     assert (found - expected).norm() < bound * (expected - 1).norm()
 
 
 def test_rounds_on_bfloat16_are_in_float32() -> None:
-    grad = grads_of((12, 4))[0].bfloat16()
+    grad = gradients(12, 4)[0].bfloat16()
     moving = torch.nn.Parameter(torch.zeros(12, 4, dtype=torch.bfloat16))
-    found, expected = feed(SinkGD([moving], lr=1.0), moving, [grad]), -sinkhorn(grad, 5)
+    found, expected = run(SinkGD([moving], lr=1.0), moving, [grad]), -sinkhorn(grad, 5)
     # One rounding of the result to 8 bits, and float32's; ten divisions in bfloat16 would be off by several of these.
     assert torch.all((found - expected).abs() <= (2**-8 + 1e-5) * expected.abs())
 
 
 def test_rows_and_columns_of_a_gaussian_matrix_come_to_rms_one() -> None:
     moving = torch.nn.Parameter(torch.zeros(30, 50, dtype=torch.float64))
-    step = feed(SinkGD([moving], lr=1.0, rounds=30), moving, grads_of((30, 50), steps=1))
+    step = run(SinkGD([moving], lr=1.0, rounds=30), moving, gradients(30, 50, steps=1))
     ones = torch.ones(50, dtype=torch.float64)
     # The rounds converge linearly: squares of Gaussians are far from blocks, and 30 rounds reach float64's rounding.
     assert torch.allclose(step.square().mean(0).sqrt(), ones, rtol=1e-13)
     assert torch.allclose(step.square().mean(1).sqrt(), ones[:30], rtol=1e-13)
     five = torch.nn.Parameter(torch.zeros(30, 50, dtype=torch.float64))
-    early = feed(SinkGD([five], lr=1.0), five, grads_of((30, 50), steps=1))
+    early = run(SinkGD([five], lr=1.0), five, gradients(30, 50, steps=1))
     rows_off = float((early.square().mean(1).sqrt() - 1).abs().max())
     assert 1e-13 < rows_off < 1e-3  # the default's five rounds are not yet there, and nearly so
     assert torch.allclose(early.square().mean(0).sqrt(), ones, rtol=1e-14)
@@ -72,29 +61,29 @@ def test_rows_and_columns_of_a_gaussian_matrix_come_to_rms_one() -> None:
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_the_size_of_the_gradient_does_not_matter(scale: float) -> None:
     one, other = (torch.nn.Parameter(torch.zeros(6, 9, dtype=torch.float64)) for _ in range(2))
-    expected = feed(SinkGD([one], lr=1.0), one, grads_of((6, 9), steps=1))
-    found = feed(SinkGD([other], lr=1.0), other, [scale * grads_of((6, 9))[0]])
+    expected = run(SinkGD([one], lr=1.0), one, gradients(6, 9, steps=1))
+    found = run(SinkGD([other], lr=1.0), other, [scale * gradients(6, 9)[0]])
     assert torch.allclose(found, expected, rtol=1e-12)
 
 
 def test_zero_rows_and_columns_stay_zero_and_the_rest_is_as_without_them() -> None:
     grad = torch.zeros(5, 7, dtype=torch.float64)
-    inner = grads_of((4, 6))[0]
+    inner = gradients(4, 6)[0]
     grad[1:, 1:] = inner
     moving = torch.nn.Parameter(torch.zeros(5, 7, dtype=torch.float64))
-    step = -feed(SinkGD([moving], lr=1.0), moving, [grad])
+    step = -run(SinkGD([moving], lr=1.0), moving, [grad])
     assert torch.equal(step[0], torch.zeros(7, dtype=torch.float64))
     assert torch.equal(step[:, 0], torch.zeros(5, dtype=torch.float64))
     # Five rounds end with columns: the longer columns (5 entries, 4 of them filled) are all that is left of the zeros.
     assert torch.allclose(step[1:, 1:], (5 / 4) ** 0.5 * sinkhorn(inner, 5), rtol=1e-12)
-    assert torch.equal(feed(SinkGD([moving], lr=1.0), moving, [torch.zeros_like(grad)]), -step)
+    assert torch.equal(run(SinkGD([moving], lr=1.0), moving, [torch.zeros_like(grad)]), -step)
 
 
 def test_up_is_the_mirror_of_down_and_it_keeps_nothing() -> None:
     down, up, still = (torch.nn.Parameter(torch.zeros(4, 5, dtype=torch.float64)) for _ in range(3))
-    expected = feed(SinkGD([down], lr=0.1), down, grads_of((4, 5)))
+    expected = run(SinkGD([down], lr=0.1), down, gradients(4, 5))
     optimizer = SinkGD([up, still], lr=0.1, maximize=True)
-    assert torch.equal(feed(optimizer, up, grads_of((4, 5))), -expected)
+    assert torch.equal(run(optimizer, up, gradients(4, 5)), -expected)
     assert torch.equal(still, torch.zeros(4, 5, dtype=torch.float64))
     assert not any(optimizer.state_dict()["state"].values())
 
