@@ -70,6 +70,7 @@ TRAINER = {
     "trainer_hooks.kernels": (0.5, {"torch", "triton"}),
     "trainer_hooks.sharding": (0.7, {"torch"}),
     "trainer_hooks.kinds": (0.7, {"torch"}),
+    "trainer_hooks.geometries_of": (0.7, set()),
     "trainer_hooks.collectives": (1, {"torch"}),
     "trainer_hooks.capture": (2, {"torch"}),
     "trainer_hooks.optim": (2, {"torch"}),

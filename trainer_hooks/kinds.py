@@ -28,23 +28,34 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str:
 def boundary_interval(optimizers: Sequence[torch.optim.Optimizer]) -> int:
     """Optimizer steps between the steps at which the batch may change: 1, or the interval of outer optimizers.
 
-    An outer optimizer compares weights over `interval` steps and tells `at_boundary` when it has just done so.
+    An outer optimizer compares weights over `interval` steps, tells `at_boundary` when it has just done so and
+    `num_steps` since.
     """
-    return math.lcm(*(int(getattr(o, "interval", 1)) for o in optimizers if hasattr(o, "at_boundary")))
+    return math.lcm(*(int(outer.interval) for outer in _outer_ones(optimizers)))
 
 
 def check_boundaries(optimizers: Sequence[torch.optim.Optimizer], *, optimizer_step: int) -> None:
     """Whether outer optimizers and the run count the same steps.
 
     Raises:
-        InvalidInputError: an outer step does not fall on a multiple of its interval.
+        InvalidInputError: steps since the last boundary are not those of the run.
     """
-    for optimizer in optimizers:
-        if hasattr(optimizer, "at_boundary"):
-            interval = int(getattr(optimizer, "interval", 1))
-            if optimizer.at_boundary != (optimizer_step % interval == 0):
-                raise InvalidInputError(
-                    f"the run has {optimizer_step} optimizer steps behind it, and {type(optimizer).__name__}, whose "
-                    f"outer steps come every {interval}, has counted others: load its state_dict before attach, or "
-                    "make it anew for a new run."
-                )
+    for outer in _outer_ones(optimizers):
+        if outer.num_steps != optimizer_step % outer.interval:
+            raise InvalidInputError(
+                f"the run has {optimizer_step} optimizer steps behind it, {optimizer_step % outer.interval} since a "
+                f"multiple of {outer.interval}, and {type(outer).__name__}, whose outer steps come every "
+                f"{outer.interval}, has counted {outer.num_steps}: make it with the interval of its checkpoint and "
+                "load its state_dict before attach, or make it anew for a new run."
+            )
+
+
+def count_skipped_steps(optimizers: Sequence[torch.optim.Optimizer], *, optimizer_step: int) -> None:
+    """Outer optimizers count the step of the run that a gradient scaler has just kept from them."""
+    for outer in _outer_ones(optimizers):
+        if (optimizer_step - outer.num_steps) % outer.interval == 1:
+            outer.count_skipped_step()
+
+
+def _outer_ones(optimizers: Sequence[torch.optim.Optimizer]) -> list[Any]:
+    return [optimizer for optimizer in optimizers if hasattr(optimizer, "at_boundary")]

@@ -90,9 +90,10 @@ class Measuring:
         self._next_unit_is_steps = interval is None or interval.steps is not None
         self._told_same_samples = self._told_incomplete = self._told_too_small = self._told_no_losses = False
         self.norm_seconds = 0.0
-        self.differences: dict[Tensor, Tensor] = {}
-        """Parameter -> this rank's block of (g_A - g_B) / 2, after a measured step with halves of equal size."""
         """Of the latest measured step: reductions and norms, on this rank."""
+        self.differences: dict[Tensor, Tensor] = {}
+        """Parameter -> this rank's block of (g_A - g_B) / 2, after a measured step with halves of equal size. Of those
+        that an optimizer has a use for."""
 
     # ---------------------------------------------------------------- before a step
 
@@ -191,7 +192,9 @@ class Measuring:
         self.norm_seconds = time.perf_counter() - began
         counts = captured.counts
         if readings and captured.signed and 2 * counts.num_samples_a[0] == counts.num_samples:
-            self.differences = dict(zip(self._reader.parameters, captured.signed[0], strict=True))
+            wanted = _parameters_with_halves(self._optimizers)
+            pairs = zip(self._reader.parameters, captured.signed[0], strict=True)
+            self.differences = {parameter: found for parameter, found in pairs if parameter in wanted}
         self._tell_that_ranks_cannot_be_compared()
         if counts.same_samples:
             self._tell_same_samples(counts.same_samples)
@@ -360,6 +363,12 @@ class Measuring:
             "Give each rank its own part of the data (sampler with num_replicas and rank); nothing is measured so.",
             ", ".join(f"{first}={second}" for first, second in pairs[:8]),
         )
+
+
+def _parameters_with_halves(optimizers: Sequence[torch.optim.Optimizer]) -> set[Tensor]:
+    wanting = [optimizer for optimizer in optimizers if getattr(optimizer, "wants_halves", False)]
+    groups = [group for optimizer in wanting for group in optimizer.param_groups]
+    return {each for group in groups if group.get("update_bias_correction", True) for each in group["params"]}
 
 
 def _chunks(pieces: int, num_patterns: int) -> int:

@@ -51,7 +51,7 @@ from trainer_hooks.client import Controller, Verdict, connect, orders_from, save
 from trainer_hooks.collectives import broadcast_plan
 from trainer_hooks.coupled import CoupledOptimizers, check_couplings, check_steppable, factor_for, find_couplings
 from trainer_hooks.estimators.spectral import SpectralNorms
-from trainer_hooks.kinds import boundary_interval, check_boundaries, kind_of
+from trainer_hooks.kinds import boundary_interval, check_boundaries, count_skipped_steps, kind_of
 from trainer_hooks.measuring import Measuring
 from trainer_hooks.needs import needs_of
 from trainer_hooks.reporting import Stopwatch
@@ -434,16 +434,20 @@ class AdaptiveBatch:
     def supply_halves(self, *, gradient_scale: Tensor | float = 1.0) -> None:
         """Between `measure` and optimizer.step, for optimizers with update_bias_correction; else nothing happens.
 
-        After a measured step of the split estimator they get the difference of the two halves of the batch.
+        Once per measured step of the split estimator they get the difference of the two halves of the batch, for that
+        step alone: `advance` drops what a step skipped by a gradient scaler has left.
 
         Args:
             gradient_scale: what gradients were multiplied with since `measure`, by clipping.
         """
+        differences = self._measuring.differences
         for optimizer in self.optimizers:
-            if self._measuring.differences and getattr(optimizer, "wants_halves", False):
+            if getattr(optimizer, "wants_halves", False):
+                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
                 optimizer.supply_halves(  # type: ignore[attr-defined]
-                    {parameter: found * gradient_scale for parameter, found in self._measuring.differences.items()}
+                    {each: differences.pop(each) * gradient_scale for each in parameters if each in differences}
                 )
+        differences.clear()
 
     def set_learning_rates(self) -> None:
         """Base learning rate x schedule(samples seen) x plan factor, into every param group; and `set_betas`."""
@@ -461,6 +465,8 @@ class AdaptiveBatch:
     def advance(self, *, num_samples: int) -> None:
         """After optimizer.step: count, report, agree on the next plan. Every rank, once per optimizer step.
 
+        A step that a gradient scaler skipped counts, here and in outer optimizers.
+
         Args:
             num_samples: samples of this step over all ranks.
         """
@@ -469,6 +475,9 @@ class AdaptiveBatch:
         was_measured = self.is_measured
         self.optimizer_step += 1
         self.samples_seen += num_samples
+        count_skipped_steps(self.optimizers, optimizer_step=self.optimizer_step)
+        self._measuring.differences.clear()
+        self.supply_halves()
         seconds = self._stopwatch.end_step(was_measured=was_measured)
         if was_measured:
             readings, self._unreported = self._unreported, []
@@ -482,8 +491,10 @@ class AdaptiveBatch:
                 samples_seen=self.samples_seen,
                 batch_size=self.plan.global_batch_size,
             )
-        while self._due_exchanges and self._is_due(self._due_exchanges[0]):
-            self._exchange(self._due_exchanges.pop(0))
+        due = [earliest for earliest in self._due_exchanges if self._is_due(earliest)]
+        if due:  # of those that waited for one boundary the newest has the last word: one exchange, not one for each
+            del self._due_exchanges[: len(due)]
+            self._exchange(due[-1])
         if self.plan.global_batch_size != before:
             for optimizer in self.optimizers:
                 if hasattr(optimizer, "on_batch_change"):

@@ -136,11 +136,8 @@ def sources() -> str:
     """Digest of what a run depends on besides its settings."""
     digest = hashlib.sha256()
     package = Path(trainer_hooks.__file__).parent
-    for path in [
-        Path(__file__),
-        *sorted((package / "optim").glob("*.py")),
-        *sorted((package / "kernels").glob("*.py")),
-    ]:
+    rooms = ("optim", "kernels", "batching", "examples")
+    for path in [Path(__file__), *(found for room in rooms for found in sorted((package / room).glob("*.py")))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

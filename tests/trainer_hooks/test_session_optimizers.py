@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gns_controller.core.contract import Span
+from gns_controller.core.contract import Decision, Span
 from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import HoldPolicyConfig, Stage, StagesPolicyConfig
 from tests.trainer_hooks.test_session import Points, attach, loss_of, network, train
-from trainer_hooks.optim import SNOO, AdamW, Lookahead, Signum
+from trainer_hooks import AdaptiveBatch
+from trainer_hooks.optim import SNOO, AdamW, Lookahead, Muon, Signum
 
 STAGES = StagesPolicyConfig(
     stages=(Stage(from_samples=30, global_batch_size=12), Stage(from_samples=170, global_batch_size=32))
@@ -58,6 +61,129 @@ def test_a_run_that_stopped_between_two_outer_steps_goes_on_as_if_it_had_not() -
         assert torch.equal(resumed, uninterrupted)
     with pytest.raises(InvalidInputError, match="8 optimizer steps"):
         attach(second_model, outer(second_model), state=first.state_dict(), policy=STAGES)
+
+
+@pytest.mark.parametrize(("interval", "counted"), [(4, 1), (4, 3), (7, 2), (4, 0)])
+def test_an_outer_optimizer_that_counted_other_steps_is_refused(interval: int, counted: int) -> None:
+    first_model = network()
+    first_optimizer = Lookahead(Signum(first_model.parameters(), lr=0.01), interval=4)
+    first = attach(first_model, first_optimizer)
+    train(first, until=6)
+    model = network()
+    optimizer = Lookahead(Signum(model.parameters(), lr=0.01), interval=interval)
+    for count, accepted in ((counted, False), (6 % interval, True)):
+        saved = copy.deepcopy(first_optimizer.state_dict())
+        for group in saved["param_groups"]:
+            group["outer_num_steps"] = count
+        optimizer.load_state_dict(saved)
+        if accepted:
+            attach(model, optimizer, state=first.state_dict())
+        else:
+            with pytest.raises(InvalidInputError, match=f"6 optimizer steps .* every {interval}, has counted {count}"):
+                attach(model, optimizer, state=first.state_dict())
+
+
+def test_several_measurements_that_wait_for_one_boundary_cost_one_exchange() -> None:
+    model, steps = network(), list[int]()
+
+    def note(decision: Decision, source: str) -> None:
+        steps.append(session.optimizer_step)
+
+    optimizer = Lookahead(Signum(model.parameters(), lr=0.01), interval=5)
+    session = attach(model, optimizer, policy=STAGES, measurement_interval=Span(steps=1), on_decision=note)
+    batches = [batch for _, batch, _ in train(session)]
+    assert steps == list(range(5, session.optimizer_step + 1, 5))
+    seen = [sum(batches[:step]) for step in range(len(batches))]
+    for at, batch in ((30, 12), (170, 32)):
+        # The plan that comes into force at a boundary is that of the newest measurement one step before it.
+        changed = next(step for step in range(5, len(batches), 5) if seen[step - 1] >= at)
+        assert batches[changed - 1] != batch
+        assert batches[changed] == batch
+
+
+def train_with_overflow(session: AdaptiveBatch, *, at: int, until: int) -> list[list[Tensor]]:
+    """Weights before and after each step; the loss of step `at` is infinite."""
+    weights = [[parameter.detach().clone() for parameter in session.model.parameters()]]
+    for step in session.steps(Points(), seed=2):
+        factor = float("inf") if session.optimizer_step == at else 1.0
+        for rows in step:
+            step.backward(loss_of(session.model, rows) * factor)
+        step.apply()
+        weights.append([parameter.detach().clone() for parameter in session.model.parameters()])
+        if session.optimizer_step == until:
+            break
+    return weights
+
+
+def test_halves_of_a_step_that_the_scaler_skipped_do_not_reach_the_next() -> None:
+    model, plain = network(), network()
+    sessions = [
+        attach(
+            each,
+            AdamW(each.parameters(), lr=0.01, update_bias_correction=corrects),
+            policy=HoldPolicyConfig(),
+            measurement_interval=Span(steps=100),
+            grad_scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10),
+        )
+        for each, corrects in ((model, True), (plain, False))
+    ]
+    corrected, without = (train_with_overflow(session, at=0, until=3) for session in sessions)
+    for before, after in zip(corrected[0], corrected[1], strict=True):
+        assert torch.equal(before, after), "the only measured step was skipped"
+    # No later step is measured, so none of them is corrected.
+    assert all(
+        torch.equal(a, b)
+        for mine, other in zip(corrected, without, strict=True)
+        for a, b in zip(mine, other, strict=True)
+    )
+    assert not torch.equal(corrected[1][0], corrected[2][0])
+
+
+@pytest.mark.parametrize("overflow", [2, 4, 9])
+def test_boundaries_stay_those_of_the_run_when_the_scaler_skips_a_step(overflow: int) -> None:
+    model = network()
+    matrix, other = model.parameters()
+    optimizers = SNOO(Muon([matrix], lr=0.01), interval=5), SNOO(AdamW([other], lr=0.01), interval=5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    session = attach(model, optimizers, policy=STAGES, grad_scaler=scaler)
+    weights = train_with_overflow(session, at=overflow, until=20)
+    assert [optimizer.num_steps for optimizer in optimizers] == [0, 0]
+    assert session.plan.global_batch_size == 32, "both changes of the batch were heard"
+    moved = [not torch.equal(a[0], b[0]) for a, b in pairwise(weights)]
+    # A boundary moves the weights though its own inner step was skipped.
+    assert moved == [step != overflow or step % 5 == 4 for step in range(20)]
+
+
+def test_differences_are_made_for_those_who_want_them_only_and_handed_over_once() -> None:
+    model = network()
+    first, second = model.parameters()
+    wanting, heard = AdamW([first], lr=0.01, update_bias_correction=True), list[list[Tensor]]()
+    take = wanting.supply_halves
+
+    def listen(differences: Mapping[Tensor, Tensor]) -> None:
+        heard.append(list(differences))
+        take(differences)
+
+    wanting.supply_halves = listen
+    session = attach(
+        model,
+        [wanting, AdamW([second], lr=0.01)],
+        policy=HoldPolicyConfig(),
+        measurement_interval=Span(steps=1),
+    )
+    step = next(iter(session.steps(Points(), seed=2)))
+    for rows in step:
+        step.backward(loss_of(model, rows))
+    session.measure()
+    assert list(session._measuring.differences) == [first]
+    session.supply_halves()
+    assert not session._measuring.differences
+    assert len(heard) == 1
+    assert heard[0][0] is first
+    for optimizer in session.optimizers:
+        optimizer.step()
+    session.advance(num_samples=8)
+    assert heard[1:] == [[]], "what a skipped step left would be dropped"
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.05])

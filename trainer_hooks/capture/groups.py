@@ -13,24 +13,10 @@ from torch import Tensor, nn
 
 from gns_controller.core.contract import Geometry, ParameterGroup
 from gns_controller.core.errors import GeometryError, InvalidInputError
+from trainer_hooks.geometries_of import geometry_of
 from trainer_hooks.kinds import kind_of
 
 logger = logging.getLogger(__name__)
-
-GEOMETRY_OF_OPTIMIZER: dict[str, Geometry] = {
-    **dict.fromkeys(("Muon", "SpecSGD", "Scion", "Dion", "NorMuon"), "spectral"),
-    **dict.fromkeys(("Shampoo", "DistributedShampoo", "EShampoo", "SOAP", "ASGO"), "spectral"),
-    "SignSGD": "sign",
-    "Signum": "sign",
-    "Lion": "sign",
-    "Adam": "sign",
-    "AdamW": "sign",
-    "NAdam": "sign",
-    "RAdam": "sign",
-    "SGD": "euclidean",
-}
-"""By class name, so that nothing has to be imported. A spectral optimizer measures its 2-D parameters; the rest of its
-parameters are measured as sign."""
 
 DEFAULT_EXCLUDE = r"(^|\.)(tok_emb|wte|wpe|embed\w*|lm_head|head|output)(\.|$)"
 """Embeddings and heads, where they share a model with spectral groups: their rows are seen by few samples each."""
@@ -78,7 +64,8 @@ def find_groups(
 
     Args:
         model: for the names that `exclude` looks at; a DDP wrapper's "module." prefix is ignored.
-        optimizers: whose parameters are measured; each parameter's geometry follows from its optimizer's class.
+        optimizers: whose parameters are measured; each parameter's geometry follows from its optimizer's class, and
+            from its group's norm with Scion. Spectral are matrices alone; an optimizer's other parameters are sign.
         geometries: class name -> geometry, for optimizers we do not know or to overrule what we know.
         exclude: regular expression; parameters whose name it finds are not measured, if a spectral group exists.
 
@@ -98,7 +85,6 @@ def find_groups(
         re.compile(exclude)
     except re.error as error:
         raise InvalidInputError(f"exclude={exclude!r} is not a regular expression: {error}.") from None
-    known = GEOMETRY_OF_OPTIMIZER | dict(geometries or {})
     sparse = {
         id(module.weight)
         for module in model.modules()
@@ -110,18 +96,17 @@ def find_groups(
     found: dict[tuple[str, Geometry], tuple[list[Tensor], list[dict[str, Any]]]] = {}
     for optimizer in optimizers:
         kind = kind_of(optimizer)
-        if kind not in known:
-            raise GeometryError(
-                f"the geometry of optimizer {kind} is not known; pass geometries={{{kind!r}: 'sign'}} "
-                "(or 'euclidean', 'spectral')."
-            )
         for param_group in optimizer.param_groups:
+            known = (geometries or {}).get(kind) or geometry_of(kind, param_group)
+            if known is None:
+                raise GeometryError(
+                    f"the geometry of optimizer {kind} is not known; pass geometries={{{kind!r}: 'sign'}} "
+                    "(or 'euclidean', 'spectral')."
+                )
             for parameter in param_group["params"]:
                 if not parameter.requires_grad or id(parameter) in sparse:
                     continue
-                geometry = known[kind]
-                if geometry == "spectral" and parameter.ndim != 2:
-                    geometry = "sign"
+                geometry: Geometry = "sign" if known == "spectral" and parameter.ndim != 2 else known
                 parameters, param_groups = found.setdefault((kind, geometry), ([], []))
                 parameters.append(parameter)
                 if not any(param_group is seen for seen in param_groups):

@@ -73,15 +73,16 @@ def inverse_root(
     batch_BSS = factor.reshape(-1, *factor.shape[-2:])
     finite = batch_BSS.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     batch_BSS = torch.where(finite, batch_BSS, torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device))
+    scale_B11 = _power_of_two(batch_BSS, least=0 if relative else epsilon)
+    batch_BSS = batch_BSS / scale_B11
+    epsilon_B1 = torch.full_like(scale_B11[..., 0], epsilon) if relative else epsilon / scale_B11[..., 0]
     if method == "eigh":
-        found_BSS = _by_eigenvalues(batch_BSS, root, epsilon, relative)
+        found_BSS = _by_eigenvalues(batch_BSS, root, epsilon_B1, relative)
     else:
-        damping = (
-            epsilon * _largest_eigenvalue(batch_BSS) if relative else torch.full_like(batch_BSS[:, :1, 0], epsilon)
-        )
+        damping = epsilon_B1 * _largest_eigenvalue(batch_BSS) if relative else epsilon_B1
         damped_BSS = batch_BSS + torch.diag_embed(damping.expand(-1, factor.shape[-1]))
         found_BSS = _by_newton(damped_BSS, round(root)) if method == "newton" else _by_polar_express(damped_BSS)
-    found_BSS = (found_BSS + found_BSS.mT) / 2
+    found_BSS = (found_BSS + found_BSS.mT) * (scale_B11.pow(-1 / root) / 2)
     found_BSS = torch.where(finite & found_BSS.isfinite().all(-1, True).all(-2, True), found_BSS, math.nan)
     return found_BSS.view(factor.shape)
 
@@ -100,10 +101,22 @@ def _check(factor: Tensor, *, root: float, epsilon: float, method: str) -> None:
         raise InvalidInputError(f"{method=} takes {wanted}, got {root=}; method='eigh' takes any.")
 
 
-def _by_eigenvalues(batch_BSS: Tensor, root: float, epsilon: float, relative: bool) -> Tensor:
+def _power_of_two(batch_BSS: Tensor, *, least: float) -> Tensor:
+    """(B, 1, 1): to divide by, so that norms and products neither overflow nor vanish. Dividing rounds nothing.
+
+    Half to all of the largest entry or of `least`, whatever is larger.
+    """
+    size_B11 = batch_BSS.abs().amax(dim=(-2, -1), keepdim=True)
+    size_B11 = size_B11.clamp_min(max(least, torch.finfo(batch_BSS.dtype).tiny))
+    mantissa_B11, _ = torch.frexp(size_B11)
+    found: Tensor = size_B11 / (2 * mantissa_B11)
+    return found
+
+
+def _by_eigenvalues(batch_BSS: Tensor, root: float, epsilon_B1: Tensor, relative: bool) -> Tensor:
     values_BS, basis_BSS = eigenvalues_and_basis(batch_BSS)
     values_BS = values_BS.clamp_min(0)
-    values_BS = values_BS + (epsilon * values_BS[:, -1:] if relative else epsilon)
+    values_BS = values_BS + (epsilon_B1 * values_BS[:, -1:] if relative else epsilon_B1)
     found_BSS = (basis_BSS * values_BS.pow(-1 / root).unsqueeze(-2)) @ basis_BSS.mT
     return found_BSS.to(batch_BSS.dtype)
 

@@ -65,6 +65,7 @@ class AdamW(TakesHalves, Stepping):
     """
 
     averages: ClassVar[tuple[str, ...]] = ("betas",)
+    _not_copied: ClassVar[tuple[str, ...]] = ("_halves",)
 
     def __init__(
         self,
@@ -90,12 +91,10 @@ class AdamW(TakesHalves, Stepping):
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Complete the groups of a checkpoint that torch.optim.AdamW wrote."""
+        """Refuse the checkpoint of a torch.optim.AdamW that took the maximum of its second moments."""
+        if any(group.get("amsgrad") for group in state["param_groups"]):
+            raise InvalidInputError("AdamW has no amsgrad, got a checkpoint with amsgrad=True; go on with torch's own.")
         super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("decay", "decoupled")
-            group.setdefault("update_bias_correction", False)
-            remember_peak(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with settings of their own if the group has any."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any, ClassVar, NamedTuple
@@ -27,8 +27,14 @@ from trainer_hooks.optim.matrices import MatrixState, matrices_of
 from trainer_hooks.optim.stepping import Stepping
 from trainer_hooks.optim.transfer import power_iterations, spectrally_normalized
 
-_MAX_BATCH_NUMEL = 2**27
+_MAX_BATCH_NUMEL = 2**25
 """Entries of one batch of matrices: bounds what an update takes besides the state."""
+
+
+_SCHEDULERS_SETTINGS = {"initial_lr", "peak_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+"""What others write into groups."""
+_BLANK_AT_FIRST = ("left", "right", "factor", "momentum", "second_moment")
+"""Averages, which no gradient leaves at zero."""
 
 
 class _Member(NamedTuple):
@@ -60,6 +66,7 @@ class MatrixOptimizer(Stepping):
         InvalidInputError: a setting out of range.
     """
 
+    _not_copied: ClassVar[tuple[str, ...]] = ("_exchanges", "_process_group")
     averages: ClassVar[tuple[str, ...]] = ()
     """Group settings that are weights of the past in exponential averages: those that follow a batch on request."""
     owns_state: ClassVar[bool] = False
@@ -69,8 +76,9 @@ class MatrixOptimizer(Stepping):
         self, params: Iterable[Any], defaults: dict[str, Any], *, process_group: dist.ProcessGroup | None = None
     ) -> None:
         self._process_group = process_group
-        self._exchanges: list[tuple[Exchange, list[_Member]]] | None = None
+        self._exchanges: list[tuple[Exchange, list[_Member]]] = []
         self._loaded = False
+        self._incomplete: set[Tensor] = set()
         defaults = {"split_sizes": None, "num_heads": None, "batched": False, **defaults}
         super().__init__(params, defaults)
 
@@ -86,7 +94,6 @@ class MatrixOptimizer(Stepping):
             self._check_parameter(parameter, group)
         if group.get("spectral_normalization"):
             self._check_normalizable(group)
-        self._exchanges = None
 
     def _check_parameter(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Whether a parameter is one that this optimizer takes."""
@@ -96,6 +103,8 @@ class MatrixOptimizer(Stepping):
             raise GeometryError(f"{type(self).__name__}: {error}") from None
 
     def _check_normalizable(self, group: dict[str, Any]) -> None:
+        if not self.owns_state:
+            raise InvalidInputError(f"{type(self).__name__} has no spectral_normalization; leave it out of the group.")
         for parameter in group["params"]:
             whole = torch.empty(parameter.shape, device="meta")
             if len(self._pieces(whole, group)) != len(matrices_of(whole, group)):
@@ -105,17 +114,30 @@ class MatrixOptimizer(Stepping):
                 )
 
     def _step(self) -> None:
+        """Every exchange is reached whatever fails; the first failure is raised after the last."""
+        failure: Exception | None = None
         for exchange, members in self._divided():
-            if self.owns_state:
-                self._count_step(members)
-            updates = exchange.run(self._outgoing(members), partial(self._owned_updates, members))
-            for number, group in enumerate(self.param_groups):
-                moving = [
-                    (member.parameter, update)
-                    for member, update in zip(members, updates, strict=True)
-                    if member.group == number and member.parameter.grad is not None
-                ]
-                self._apply([parameter for parameter, _ in moving], [update for _, update in moving], group)
+            self._count_step(members)
+            try:
+                outgoing = self._outgoing(members)
+            except Exception as error:
+                failure = failure or error
+                outgoing = [torch.zeros_like(block) for block in blocks_of([member.parameter for member in members])]
+            try:
+                self._move(members, exchange.run(outgoing, partial(self._owned_updates, members)))
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _move(self, members: Sequence[_Member], updates: Sequence[Tensor]) -> None:
+        for number, group in enumerate(self.param_groups):
+            moving = [
+                (member.parameter, update)
+                for member, update in zip(members, updates, strict=True)
+                if member.group == number and member.parameter.grad is not None
+            ]
+            self._apply([parameter for parameter, _ in moving], [update for _, update in moving], group)
 
     @abstractmethod
     def _updates(self, matrices_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], step: int) -> Tensor:
@@ -158,27 +180,39 @@ class MatrixOptimizer(Stepping):
         descend(blocks_of(parameters), updates, group)
 
     def _divided(self) -> list[tuple[Exchange, list[_Member]]]:
-        """Who computes what: made at the first step, a function of the parameters alone."""
-        if self._exchanges is None:
-            alike: dict[Any, list[_Member]] = {}
-            for number, group in enumerate(self.param_groups):
-                for parameter in group["params"]:
-                    if self._needs_whole(parameter, group):
-                        alike.setdefault(layout_key(parameter), []).append(_Member(parameter, number))
-            self._exchanges = [
-                (
-                    Exchange(
-                        [member.parameter for member in members],
-                        [self._cost(member.parameter, self.param_groups[member.group]) for member in members],
-                        self._process_group,
-                    ),
-                    members,
-                )
-                for members in alike.values()
-            ]
-        if self._loaded:
+        """Who computes what: a function of the parameters alone, made at the first step that sees them.
+
+        Parameters of groups that were added later are divided by themselves, so that nothing changes its owner.
+        """
+        known = {id(member.parameter) for _, members in self._exchanges for member in members}
+        fresh: dict[Any, list[_Member]] = {}
+        for number, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                if id(parameter) not in known and self._needs_whole(parameter, group):
+                    fresh.setdefault(layout_key(parameter), []).append(_Member(parameter, number))
+        for members in fresh.values():
+            for portion in self._portions(members):
+                costs = [self._cost(member.parameter, self.param_groups[member.group]) for member in portion]
+                exchange = Exchange([member.parameter for member in portion], costs, self._process_group)
+                self._exchanges.append((exchange, portion))
+        if self._loaded and self.owns_state:
             self._forget_what_others_own()
+        self._loaded = False
         return self._exchanges
+
+    def _portions(self, members: list[_Member]) -> list[list[_Member]]:
+        """Where nothing is exchanged, as much at once as bounds temporaries, equal shapes together; else all."""
+        if self._process_group is not None or isinstance(members[0].parameter, DTensor):
+            return [members]
+        portions: list[list[_Member]] = []
+        room = 0
+        for member in sorted(members, key=lambda member: tuple(member.parameter.shape)):
+            if member.parameter.numel() > room:
+                portions.append([])
+                room = max(_MAX_BATCH_NUMEL, member.parameter.numel())
+            portions[-1].append(member)
+            room -= member.parameter.numel()
+        return portions
 
     def _outgoing(self, members: Sequence[_Member]) -> list[Tensor]:
         found: dict[int, Tensor] = {}
@@ -229,18 +263,17 @@ class MatrixOptimizer(Stepping):
         torch._foreach_copy_([item.update for item in items], list(updates_BMN.unbind()))
 
     def _count_step(self, members: Sequence[_Member]) -> None:
-        """On every rank, so that every rank's checkpoint knows every parameter."""
+        """On every rank, so that every rank's checkpoint knows every parameter, also one without state."""
         for member in members:
             if member.parameter.grad is not None:
                 state = self.state[member.parameter]
-                if "step" not in state:
-                    state["step"] = torch.tensor(0.0)
-                state["step"] += 1
+                if self.owns_state:
+                    state.setdefault("step", torch.tensor(0.0))
+                    state["step"] += 1
 
     def _check_loaded(self, parameter: Tensor) -> None:
         """Whether the owner of a matrix has what a checkpoint should have brought."""
-        state = self.state[parameter]
-        if self._loaded and state["step"] > 1 and state.keys() == {"step"}:
+        if parameter in self._incomplete:
             raise InvalidInputError(
                 f"the checkpoint has no {type(self).__name__} state for a parameter of shape {tuple(parameter.shape)}: "
                 "each rank holds only the matrices it owns. Save with torch.distributed.checkpoint on every rank, or "
@@ -249,8 +282,6 @@ class MatrixOptimizer(Stepping):
 
     def _forget_what_others_own(self) -> None:
         """After a checkpoint of other ranks' matrices, too, was loaded."""
-        if not self.owns_state or self._exchanges is None:
-            return
         for exchange, members in self._exchanges:
             for index, member in enumerate(members):
                 state = self.state.get(member.parameter, {})
@@ -260,9 +291,16 @@ class MatrixOptimizer(Stepping):
     def consolidated_state_dict(self) -> dict[str, Any]:
         """state_dict with the matrices of every rank, on the CPU. Every rank calls it and gets all.
 
-        For torch.save from one rank. torch.distributed.checkpoint saves each rank's own share and does not need it.
-        Blocks of DTensors stay blocks.
+        For torch.save from one rank of DDP. torch.distributed.checkpoint saves each rank's own share and needs no such.
+
+        Raises:
+            InvalidInputError: parameters are sharded, so that one file cannot hold their blocks. On every rank.
         """
+        if any(isinstance(parameter, DTensor) for group in self.param_groups for parameter in group["params"]):
+            raise InvalidInputError(
+                "consolidated_state_dict is for plain parameters; of sharded ones every rank holds blocks. Save with "
+                "torch.distributed.checkpoint."
+            )
         found = self.state_dict()
         if not self.owns_state:
             return found
@@ -275,7 +313,6 @@ class MatrixOptimizer(Stepping):
                 numbers[id(member.parameter)]: {
                     name: value.cpu() if isinstance(value, Tensor) else value
                     for name, value in self.state[member.parameter].items()
-                    if not isinstance(value, DTensor)
                 }
                 for index, member in enumerate(members)
                 if exchange.is_mine(index) and member.parameter in self.state
@@ -287,7 +324,12 @@ class MatrixOptimizer(Stepping):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load, keeping the dtype that each buffer was saved in: factors stay float32 beside bfloat16 parameters."""
+        """Load, keeping the dtype that each buffer was saved in: factors stay float32 beside bfloat16 parameters.
+
+        Raises:
+            InvalidInputError: the checkpoint is another optimizer's, or lacks every matrix that this rank owns.
+        """
+        self._check_kind(state_dict)
         super().load_state_dict(state_dict)
         self._loaded = True
         for group, packed in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -296,6 +338,52 @@ class MatrixOptimizer(Stepping):
                     kept = self.state[parameter][name]
                     if isinstance(saved, Tensor) and kept.dtype != saved.dtype:
                         self.state[parameter][name] = saved.detach().to(device=kept.device, copy=True)
+        if self.owns_state:
+            self._check_owned()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a copy's or a checkpoint's. A copy has no process group, and lacks what other ranks own."""
+        super().__setstate__(state)
+        vars(self).setdefault("_exchanges", [])
+        vars(self).setdefault("_process_group", None)
+        if self.owns_state:
+            self._incomplete = {parameter for parameter, found in self.state.items() if is_share_of_others(found)}
+
+    def _check_kind(self, state_dict: dict[str, Any]) -> None:
+        known = {name for group in self.param_groups for name in group} | _SCHEDULERS_SETTINGS
+        for group in state_dict["param_groups"]:
+            strangers = sorted(group.keys() - known)
+            if strangers:
+                raise InvalidInputError(
+                    f"this checkpoint is not {type(self).__name__}'s: its groups hold {', '.join(strangers)}."
+                )
+
+    def _check_owned(self) -> None:
+        """A full state dict of rank 0 brings zeros for what others owned; torch fills them in without a word."""
+        for exchange, members in self._exchanges:
+            owned = [member.parameter for index, member in enumerate(members) if exchange.is_mine(index)]
+            states = [self.state[parameter] for parameter in owned if self.state.get(parameter)]
+            if states and all(state.get("step", 0) > 1 and is_blank(state) for state in states):
+                raise InvalidInputError(
+                    f"the checkpoint has nothing of the {len(states)} matrices that this rank owns: "
+                    f"full_state_dict=True saves rank 0's share of {type(self).__name__}. Save with "
+                    "torch.distributed.checkpoint without it, or save consolidated_state_dict()."
+                )
+
+
+def is_share_of_others(state: Mapping[str, Any]) -> bool:
+    """Whether a parameter was stepped, and nothing but the count is there."""
+    return state.keys() == {"step"} and bool(state["step"] > 0)
+
+
+def is_blank(state: Mapping[str, Any]) -> bool:
+    """Whether every buffer is as the first step makes it: zero, or an identity or a start of its own."""
+    buffers = [
+        value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and name.partition(".")[0] in _BLANK_AT_FIRST
+    ]
+    return bool(buffers) and not any(bool(buffer.any()) for buffer in buffers)
 
 
 def _normalized(updates_BMN: Tensor, states: Sequence[MatrixState], step: int) -> Tensor:

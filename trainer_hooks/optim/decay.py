@@ -13,7 +13,10 @@ from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.sharding import local_tensor
 
 Decay = Literal["decoupled", "independent"]
-"""w <- w (1 - d weight_decay): d = lr (decoupled), or lr over the lr at construction (independent)."""
+"""w <- w (1 - d weight_decay): d = lr (decoupled), or lr over the first lr (independent).
+
+The first lr is the group's initial_lr if it has one, as learning-rate schedulers write it, else its lr at construction.
+"""
 
 
 def check_settings(kind: str, **bounds: tuple[float, float, float]) -> None:
@@ -65,8 +68,17 @@ def state_block(state: dict[str, Any], name: str, parameter: Tensor) -> Tensor:
 
 
 def remember_peak(group: dict[str, Any]) -> None:
-    """Keep the learning rate of the start, over which independent decay is measured."""
-    group.setdefault("peak_lr", group["lr"])
+    """Keep the first learning rate, over which independent decay is measured.
+
+    Raises:
+        InvalidInputError: it is 0, and the group's decay is independent.
+    """
+    group.setdefault("peak_lr", group.get("initial_lr", group["lr"]))
+    if group["decay"] == "independent" and not group["peak_lr"]:
+        raise InvalidInputError(
+            "decay='independent' is measured in parts of the first learning rate, got lr=0; build the optimizer with "
+            "the rate after warm-up, or give the group initial_lr."
+        )
 
 
 def descend(blocks: Sequence[Tensor], updates: Sequence[Tensor], group: Mapping[str, Any]) -> None:

@@ -36,13 +36,17 @@ class FactoredOptimizer(MatrixOptimizer):
         self, params: Iterable[Any], defaults: dict[str, Any], *, process_group: dist.ProcessGroup | None = None
     ) -> None:
         super().__init__(params, {**defaults, "refresh_due": False}, process_group=process_group)
-        self.register_step_post_hook(_forget_refresh)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add matrices, with settings of their own if the group has any. On every rank alike."""
         super().add_param_group(param_group)
         group, kind = self.param_groups[-1], type(self).__name__
         check_counts(kind, group, precondition_frequency=1, max_preconditioner_dim=1)
+
+    def _step(self) -> None:
+        super()._step()
+        for group in self.param_groups:
+            group["refresh_due"] = False
 
     def on_batch_change(self, *, global_batch_size: int, previous: int) -> None:
         """Look at the factors again at the next step: what they hold of the noise goes with 1 / batch size.
@@ -61,15 +65,14 @@ class FactoredOptimizer(MatrixOptimizer):
         return sum(update_cost(*piece.shape, frequency=group["precondition_frequency"]) for piece in pieces)
 
 
-def _forget_refresh(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for group in optimizer.param_groups:
-        group["refresh_due"] = False
+def update_cost(rows: int, columns: int, *, frequency: int, longest_side: int | None = None) -> float:
+    """Multiplications of one update of a (rows, columns) matrix: products every step, decompositions now and then.
 
-
-def update_cost(rows: int, columns: int, *, frequency: int) -> float:
-    """Multiplications of one update of a (rows, columns) matrix: products every step, decompositions now and then."""
-    products = 2.0 * rows * columns * (rows + columns)
-    return products + _DECOMPOSITION * (rows**3 + columns**3) / frequency
+    Sides above longest_side have neither.
+    """
+    sides = [side for side in (rows, columns) if longest_side is None or side <= longest_side]
+    products = 2.0 * rows * columns * sum(sides)
+    return products + _DECOMPOSITION * sum(side**3 for side in sides) / frequency
 
 
 def is_due(step: int, group: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 
 from gns_controller.core.contract import Geometry
 from gns_controller.core.errors import GeometryError, InvalidInputError
+from trainer_hooks.geometries_of import geometry_of
 from trainer_hooks.optim.matrices import matrices_of
 from trainer_hooks.optim.roles import (
     MATRIX_ROLES,
@@ -24,10 +25,10 @@ from trainer_hooks.optim.roles import (
     numbered,
     overruled,
 )
+from trainer_hooks.optim.rules import own_rule
 from trainer_hooks.optim.scales import Scale
 from trainer_hooks.optim.transfer import (
     BaseOfParameter,
-    RuleName,
     TransferRule,
     base_shapes_of,
     epsilon_multiplier,
@@ -41,17 +42,6 @@ Taker = tuple[type[torch.optim.Optimizer], Mapping[str, Any]]
 """An optimizer's class and its settings."""
 
 NO_DECAY: tuple[Role, ...] = ("norm", "bias", "vector", "scalar")
-
-_KINDS: dict[str, tuple[Geometry, RuleName | None]] = {
-    **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Lion", "SignSGD", "Signum"), ("sign", "adam")),
-    **dict.fromkeys(("Muon", "SpecSGD"), ("spectral", "muon")),
-    **dict.fromkeys(("Shampoo", "DistributedShampoo"), ("spectral", "shampoo")),
-    **dict.fromkeys(("EShampoo", "SOAP"), ("spectral", "soap")),
-    **dict.fromkeys(("ASGO", "Dion", "NorMuon"), ("spectral", None)),
-    "Scion": ("spectral", "spectral"),
-    "SGD": ("euclidean", "sgd"),
-}
-"""By class name, so that nothing has to be imported: the norm it descends in, and how its rate follows the width."""
 
 
 @dataclass(frozen=True)
@@ -206,11 +196,13 @@ class _Optimizer:
 
     @property
     def geometry(self) -> Geometry | None:
-        return _KINDS[self.name][0] if self.name in _KINDS else None
+        return geometry_of(self.name, self.settings)
 
     @property
     def is_elementwise(self) -> bool:
-        return self.geometry in ("sign", "euclidean") or self.settings.get("norm") in ("sign", "bias_rms")
+        if "norm" in self.settings:  # Scion
+            return self.settings["norm"] in ("sign", "bias_rms")
+        return self.geometry in ("sign", "euclidean")
 
     @property
     def splits(self) -> bool:
@@ -227,28 +219,23 @@ class _Optimizer:
         return cast(Scale, self.settings.get("scale", "none"))
 
     def rule(self, rules: Mapping[str, TransferRule]) -> TransferRule:
-        """By which its settings follow the width."""
-        if self.name in rules:
-            return rules[self.name]
-        if self.settings.get("spectral_normalization"):
+        """By which its rate and its decay follow the width."""
+        if self.name not in rules and self.settings.get("spectral_normalization"):
             return TransferRule("spectral")
-        name = _KINDS[self.name][1] if self.name in _KINDS else None
-        grafting = self.settings.get("grafting", "none")
-        if name == "shampoo" and grafting == "adam":
-            name = "grafted_shampoo"
-        is_whitened = self.settings.get("factors") == "kl" and grafting == "none"
-        if name is None or is_whitened or self.settings.get("scale_by_nuclear_norm"):
+        found = self._own_rule(rules)
+        if found is None:
             raise InvalidInputError(
                 f"no rule is known by which settings of this {self.name} follow the width; pass "
                 f"transfer={{{self.name!r}: TransferRule(...)}}, or leave out base_shapes."
             )
-        side = "largest_side" if self.name == "SOAP" else "block_size"
-        return TransferRule(
-            name,
-            scale="rms_match" if grafting == "rms_match" else self.scale,
-            exponent=self.settings.get("exponent", 0.25),
-            **{side: self.settings.get("max_preconditioner_dim")},
-        )
+        return found
+
+    def epsilon_rule(self, rules: Mapping[str, TransferRule]) -> TransferRule:
+        """By which its epsilon does: it is beside squared gradients, whatever the update's norm is made."""
+        return self._own_rule(rules) or TransferRule("spectral")
+
+    def _own_rule(self, rules: Mapping[str, TransferRule]) -> TransferRule | None:
+        return rules[self.name] if self.name in rules else own_rule(self.name, self.settings, scale=self.scale)
 
     def built(self) -> torch.optim.Optimizer:
         shared: dict[str, Any] = {} if self.process_group is None else {"process_group": self.process_group}
@@ -334,7 +321,7 @@ def _multipliers(
     decay = weight_decay_multiplier(role=row.role, shape=shape, base_shape=base.shape, learning_rate_multiplier=coupled)
     if taker.name == "Scion":  # its decay holds the weights in a ball whose norm knows the width
         decay = 1.0
-    epsilon = epsilon_multiplier(rule, role=row.role, shape=shape, base_shape=base.shape, **depths)
+    epsilon = epsilon_multiplier(taker.epsilon_rule(rules), role=row.role, shape=shape, base_shape=base.shape, **depths)
     return rate, decay, epsilon
 
 

@@ -32,6 +32,9 @@ class TakesHalves:
     def supply_halves(self, differences: Mapping[Tensor, Tensor]) -> None:
         """Hand over d for the next step, which drops it; a step that got none is a plain one.
 
+        It takes the place of what was handed over before. After a step that was skipped, by a gradient scaler, hand
+        over {}: d is not finite then, and would be used by the step after. A session does it.
+
         Args:
             differences: parameter -> this rank's block of d, averaged over ranks as the gradient is, and scaled as the
                 gradient is (loss scale, clipping). Kept, not copied. Parameters of groups that do not correct, and

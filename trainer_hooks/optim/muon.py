@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.kernels import POLAR_EXPRESS_4, OrthogonalizationSchedule, orthogonalize
 from trainer_hooks.optim.base import MatrixOptimizer
 from trainer_hooks.optim.decay import Decay, check_settings, gradient_of, state_block
@@ -85,6 +86,7 @@ class Muon(MatrixOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_settings("Muon", momentum=(group["momentum"], 0, 1))
+        check_iteration("Muon", group["params"], schedule=self._schedule, dtype=self._dtype)
         update_scale(group["scale"], rows=1, columns=1)
 
     def _directions(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
@@ -98,3 +100,25 @@ class Muon(MatrixOptimizer):
 
     def _scale(self, rows: int, columns: int, group: dict[str, Any]) -> float:
         return update_scale(group["scale"], rows=rows, columns=columns)
+
+
+def check_iteration(
+    kind: str, parameters: Sequence[Tensor], *, schedule: OrthogonalizationSchedule, dtype: torch.dtype | None
+) -> None:
+    """Whether parameters of these dtypes can be orthogonalized so, told at construction and on every rank.
+
+    Raises:
+        InvalidInputError: names the schedule or the dtype that cannot be.
+    """
+    if not isinstance(schedule, OrthogonalizationSchedule):
+        raise InvalidInputError(
+            f"{kind}: schedule is one of trainer_hooks.kernels, such as POLAR_EXPRESS_4, got {schedule!r}."
+        )
+    for served in {parameter.dtype for parameter in parameters}:
+        try:
+            orthogonalize(torch.zeros(1, 1, dtype=served), schedule=schedule, dtype=dtype)
+        except InvalidInputError:
+            raise InvalidInputError(
+                f"{kind} cannot iterate parameters of {served} in {dtype or served}: float32, float64 and bfloat16 are "
+                "served, the exact schedule not in bfloat16; dtype=None iterates in the parameters' own."
+            ) from None

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.optim.chunks import chunks_of
@@ -16,6 +18,7 @@ from trainer_hooks.optim.decay import blocks_of, check_settings, state_block
 
 _OUTER = ("outer_slow", "outer_momentum")
 _NUM_STEPS = "outer_num_steps"
+_SETTINGS = ("interval", "lr", "momentum", "batch_exponent")
 _OF_THE_INNER_ONE = ("averages", "owns_state", "supply_halves", "wants_halves")
 
 
@@ -88,6 +91,11 @@ class SNOO(torch.optim.Optimizer):
         """Whether fast and slow weights are equal now. Change the batch only then, so that s mixes no two batches."""
         return self._num_steps == 0
 
+    @property
+    def num_steps(self) -> int:
+        """Steps since the last boundary: those of the run, modulo interval."""
+        return self._num_steps
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -96,19 +104,41 @@ class SNOO(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One inner step, and after every interval-th one an outer step."""
         self._check_not_swapped("step")
+        makes_state = closure is None and not self.state and self._steps_at_rate_0_on_nothing()
+        self._begin()
+        loss = self.inner.step(closure)
+        if not makes_state:
+            self._count()
+        return loss
+
+    @torch.no_grad()
+    def count_skipped_step(self) -> None:
+        """Count a step that a gradient scaler left out, so that boundaries stay the run's; a session does it."""
+        self._check_not_swapped("count_skipped_step")
+        self._begin()
+        self._count()
+
+    def _begin(self) -> None:
         for parameter in self._trained():
             state = self.state[parameter]
             if "outer_slow" not in state:
                 state["outer_slow"] = parameter.detach().clone()
                 if self.momentum:  # now, not at the boundary: a distributed checkpoint loads into what is there
                     state_block(state, "outer_momentum", parameter)
-        loss = self.inner.step(closure)
+
+    def _steps_at_rate_0_on_nothing(self) -> bool:
+        """Whether this is the step by which torch.distributed.checkpoint makes state: none of the run's."""
+        if any(group["lr"] != 0 for group in self.param_groups):
+            return False
+        grads = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
+        return bool(grads) and not any(bool(block.any()) for block in blocks_of(grads))
+
+    def _count(self) -> None:
         self._num_steps += 1
         if self._num_steps >= self.interval:
             for parameters in chunks_of(self._trained()):
                 self._outer_step(parameters)
             self._num_steps = 0
-        return loss
 
     def _outer_step(self, parameters: Sequence[Tensor]) -> None:
         # Products are rounded before they are added: the same on every device, and momentum 0 is exactly Lookahead.
@@ -124,18 +154,30 @@ class SNOO(torch.optim.Optimizer):
         torch._foreach_copy_(fast, slow)
 
     @contextmanager
-    def slow_weights(self) -> Iterator[None]:
+    def slow_weights(self, *modules: nn.Module) -> Iterator[None]:
         """Put the slow weights into the parameters, for an evaluation between boundaries, and the fast ones back after.
 
+        Args:
+            modules: the model, if fully_shard was applied to it or its parameters are DTensors. After a forward pass
+                FSDP2 may keep gathered copies of the weights; they are dropped on the way in and out.
+
         Raises:
-            InvalidInputError: step or state_dict is called meanwhile.
+            InvalidInputError: a parameter is a DTensor of no given module, or step or state_dict is called meanwhile.
         """
         self._check_not_swapped("slow_weights")
+        _reshard(modules)
+        held = {parameter for module in modules for parameter in module.parameters()}
+        if any(isinstance(parameter, DTensor) and parameter not in held for parameter in self._trained()):
+            raise InvalidInputError(
+                f"{type(self).__name__}.slow_weights got {len(modules)} modules, and parameters of the optimizer are "
+                "DTensors of none of them; give the model that fully_shard was applied to: slow_weights(model)."
+            )
         self._swap()
         self._is_swapped = True
         try:
             yield
         finally:
+            _reshard(modules)
             self._swap()
             self._is_swapped = False
 
@@ -166,6 +208,12 @@ class SNOO(torch.optim.Optimizer):
         react = getattr(self.inner, "on_batch_change", None)
         if react is not None:
             react(global_batch_size=global_batch_size, previous=previous)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle: the inner optimizer whole, then slow weights, momentum and settings."""
+        self._check_not_swapped("__getstate__")
+        kept = ("inner", "defaults", "state", "_num_steps", "_is_swapped", *_SETTINGS)
+        return {name: self.__dict__[name] for name in kept}
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's, with slow weights and outer momentum beside each parameter's state."""
@@ -219,6 +267,13 @@ class SNOO(torch.optim.Optimizer):
                 f"{type(self).__name__}.{what} was called while its slow weights are in the parameters; leave "
                 "slow_weights() first."
             )
+
+
+def _reshard(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
 
 class Lookahead(SNOO):

@@ -82,7 +82,7 @@ def find_roles(model: nn.Module, *, fused: Mapping[str, Sequence[int]] | None = 
     Args:
         model: plain, or under DistributedDataParallel, torch.compile, fully_shard, or on the meta device.
         fused: regular expression -> rows of each matrix that was fused into one, as (q_rows, k_rows, v_rows); the first
-            one found in a name counts.
+            one found in a name counts. Biases beside them are left alone.
 
     Raises:
         InvalidInputError: an expression that matches no parameter, sizes that do not add up to the rows, or a parameter
@@ -90,7 +90,8 @@ def find_roles(model: nn.Module, *, fused: Mapping[str, Sequence[int]] | None = 
     """
     places = _places(model)
     heads = _heads(places)
-    sizes = match(fused or {}, [found[0].name for found in places.values()], what="fused")
+    matrices = [found[0].name for parameter, found in places.items() if parameter.ndim > 1]
+    sizes = match(fused or {}, matrices, what="fused")
     rows = []
     for parameter, found in places.items():
         name = found[0].name
@@ -109,7 +110,8 @@ def overruled(
 
     Args:
         rows: as found.
-        words: regular expression -> role, or "hidden" or "fallback", which leave the role alone.
+        words: regular expression -> role, or "hidden" or "fallback", which leave the role alone. Roles of matrices are
+            for matrices: a bias whose name is found, too, keeps its own.
 
     Returns:
         The rows, and name -> word of those that were spoken of.
@@ -123,6 +125,8 @@ def overruled(
         raise InvalidInputError(
             f"roles {unknown} do not exist; there are {', '.join(get_args(Role))}, and 'hidden' and 'fallback'."
         )
+    flat = {row.name for row in rows if row.parameter.ndim < 2}
+    found = {name: word for name, word in found.items() if not (name in flat and word in MATRIX_ROLES)}
     given = {name: cast(Role, word) for name, word in found.items() if word not in ("hidden", "fallback")}
     return tuple(
         replace(row, role=given[row.name], split_sizes=row.split_sizes if given[row.name] == "qkv" else None)

@@ -85,7 +85,8 @@ class Shampoo(TakesHalves, FactoredOptimizer):
         grafting: whose magnitude an update gets, per block. A zero update stays zero.
         grafting_beta2: of v, the diagonal second moment, the only state of grafting="adam".
         grafting_epsilon: of grafting="adam".
-        update_bias_correction: use halves of the batch where they are supplied; for factors="gradient" only.
+        update_bias_correction: use halves of the batch where they are supplied; for factors="gradient" and
+            method="eigh" only.
         weight_decay: times lr, or times lr over the first lr: see decay.
         decay: "decoupled" or "independent".
         cautious: decay only entries that the update moves towards zero.
@@ -105,6 +106,7 @@ class Shampoo(TakesHalves, FactoredOptimizer):
     """
 
     averages: ClassVar[tuple[str, ...]] = ("betas", "grafting_beta2")
+    _not_copied: ClassVar[tuple[str, ...]] = ("_halves",)
 
     def __init__(
         self,
@@ -156,14 +158,16 @@ class Shampoo(TakesHalves, FactoredOptimizer):
         }
         self._differences: dict[Tensor, list[Tensor]] = {}
         super().__init__(params, defaults, process_group=process_group)
-        self.register_step_pre_hook(_share_halves)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add matrices, with settings of their own if the group has any. On every rank alike."""
         super().add_param_group(param_group)
         _check(self.param_groups[-1])
 
-    @torch.no_grad()
+    def _step(self) -> None:
+        self._share_halves()
+        super()._step()
+
     def _share_halves(self) -> None:
         """Bring the halves' differences to the owners of their matrices. Every rank was supplied alike."""
         halves = self._take_halves()
@@ -208,11 +212,6 @@ class Shampoo(TakesHalves, FactoredOptimizer):
         else:
             updates_BMN = stacked(states, "left_root") @ momenta_BMN @ stacked(states, "right_root")
         return _grafted(updates_BMN, grads_BMN, momenta_BMN, states, group, step)
-
-
-def _share_halves(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    assert isinstance(optimizer, Shampoo)
-    optimizer._share_halves()
 
 
 def _halves_of(grads_BMN: Tensor, states: Sequence[MatrixState]) -> tuple[Tensor, Tensor] | None:
@@ -284,6 +283,11 @@ def _check(group: dict[str, Any]) -> None:
     if group["method"] == "newton" and group["epsilon"] == 0:
         raise InvalidInputError(
             "method='newton' inverts what has full rank, got epsilon=0; pass 1e-6, or method='eigh'."
+        )
+    if group["method"] == "newton" and group["update_bias_correction"]:
+        raise InvalidInputError(
+            "update_bias_correction corrects eigenvalues, which method='newton' does not know; pass method='eigh', or "
+            "leave one of them."
         )
     if group["factors"] == "kl" and group["exponent"] != 0.5:
         raise InvalidInputError(

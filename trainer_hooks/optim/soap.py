@@ -26,6 +26,7 @@ from trainer_hooks.optim.factors import (
     kept,
     replace,
     stacked,
+    update_cost,
     where_finite,
 )
 from trainer_hooks.optim.matrices import MatrixState
@@ -41,10 +42,10 @@ class SOAP(FactoredOptimizer):
         W <- (W - lr Q_L U Q_R^T) (1 - lr weight_decay)
         L <- shampoo_beta L + (1 - shampoo_beta) G G^T      R likewise of G^T G
 
-    The first step sets L, R and their eigenvectors and moves nothing; t counts from the second. Every
-    precondition_frequency updates, after the update, the columns of Q are ordered by the diagonal of Q^T L Q, largest
-    first, and Q <- qr(L Q), one power iteration. m is carried into the new basis, v is reordered with the columns and
-    not rotated.
+    The first step sets L, R and their eigenvectors and moves nothing; t counts from the second. A step at lr 0 before
+    it, as torch takes with zero gradients to make the state, is not counted. Every precondition_frequency updates,
+    after the update, the columns of Q are ordered by the diagonal of Q^T L Q, largest first, and Q <- qr(L Q), one
+    power iteration. m is carried into the new basis, v is reordered with the columns and not rotated.
 
     So where the basis turned far, entries of v belong to other directions and may be next to nothing, and U has an RMS
     of up to tens: after a refresh at the first update, and gradients that then fall a hundredfold, 2 to 19; a
@@ -129,6 +130,11 @@ class SOAP(FactoredOptimizer):
     def _block_size(self, group: dict[str, Any]) -> int | None:
         return None
 
+    def _cost(self, parameter: Tensor, group: dict[str, Any]) -> float:
+        frequency, longest = group["precondition_frequency"], group["max_preconditioner_dim"]
+        pieces = self._pieces(torch.empty(parameter.shape, device="meta"), group)
+        return sum(update_cost(*piece.shape, frequency=frequency, longest_side=longest) for piece in pieces)
+
     def _updates(self, matrices_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], step: int) -> Tensor:
         grads_BMN = in_working_dtype(matrices_BMN)
         num_updates = step - 1
@@ -149,6 +155,10 @@ class SOAP(FactoredOptimizer):
     def _apply(self, parameters: Sequence[Tensor], updates: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Step, then decay. The first gradient of a parameter does neither."""
         moves = [int(self.state[parameter]["step"]) > 1 for parameter in parameters]
+        if group["lr"] == 0:
+            for parameter, is_moved in zip(parameters, moves, strict=True):
+                if not is_moved:
+                    self.state[parameter]["step"].zero_()
         parameters, updates = list(compress(parameters, moves)), list(compress(updates, moves))
         if group["cautious"] or not group["weight_decay"]:
             super()._apply(parameters, updates, group)

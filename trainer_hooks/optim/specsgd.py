@@ -16,6 +16,7 @@ from trainer_hooks.kernels import EXACT, orthogonalize
 from trainer_hooks.optim.base import MatrixOptimizer
 from trainer_hooks.optim.decay import Decay
 from trainer_hooks.optim.matrices import MatrixState
+from trainer_hooks.optim.muon import check_iteration
 
 
 class SpecSGD(MatrixOptimizer):
@@ -66,6 +67,11 @@ class SpecSGD(MatrixOptimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults, process_group=process_group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add matrices. On every rank alike."""
+        super().add_param_group(param_group)
+        check_iteration("SpecSGD", self.param_groups[-1]["params"], schedule=EXACT, dtype=None)
 
     def _updates(self, matrices_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], step: int) -> Tensor:
         factors_BMN = orthogonalize(matrices_BMN, schedule=EXACT)

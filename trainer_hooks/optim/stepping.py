@@ -1,16 +1,41 @@
-"""The outside of a step, the same for every optimizer here: the closure, then the optimizer's own work."""
+"""The outside of a step, the same for every optimizer here: the closure, then the optimizer's own work. And copies."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import overload
+from typing import Any, ClassVar, overload
 
 import torch
 
 
 class Stepping(torch.optim.Optimizer):
-    """Base of optimizers: step() evaluates the closure and calls _step."""
+    """Base of optimizers: step() evaluates the closure and calls _step.
+
+    copy.deepcopy and pickle take settings, state and what the constructor was given, but no hooks and no process group:
+    a copy does all of the work by itself.
+    """
+
+    _not_copied: ClassVar[tuple[str, ...]] = ()
+    """Attributes that a copy gets from its class. Those of the bases count, too."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of; torch's own keeps no attribute of a subclass."""
+        left_out = {"step"} | {name for kind in type(self).__mro__ for name in vars(kind).get("_not_copied", ())}
+        own = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in left_out and not name.startswith("_optimizer_")
+        }
+        return own | super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a copy's or a checkpoint's; what groups of older checkpoints lack stays as it was built."""
+        built = vars(self).get("param_groups", [])
+        super().__setstate__(state)
+        for group, own in zip(self.param_groups, built, strict=False):
+            for name, value in own.items():
+                group.setdefault(name, value)
 
     @overload
     def step(self, closure: None = None) -> None: ...

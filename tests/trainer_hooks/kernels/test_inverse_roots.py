@@ -64,6 +64,28 @@ def test_a_batch_of_any_scale_is_taken_matrix_by_matrix(method: InverseRootMetho
         assert relative_error(found.flatten(0, 1)[index], expected.flatten(0, 1)[index]) < 1e-10
 
 
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize("method", METHODS)
+def test_factors_whose_squares_leave_float32_have_their_roots(
+    method: InverseRootMethod, scale: float, relative: bool
+) -> None:
+    epsilon = 1e-3 if relative else 1e-3 * scale
+    factor = (scale * with_eigenvalues(VALUES)).float()
+    found = inverse_root(factor, root=2, epsilon=epsilon, relative=relative, method=method)
+    expected = with_eigenvalues((scale * (VALUES + 1e-3)) ** -0.5)
+    # Rounding is as at scale 1, below 5e-4 for this damping; the iterations know the largest eigenvalue to a tenth, and
+    # the square root passes on half of it.
+    assert relative_error(found, expected) < (5e-2 if relative and method != "eigh" else 5e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_zero_factor_has_the_root_of_any_epsilon(method: InverseRootMethod) -> None:
+    for epsilon in (1e-30, 1.0, 1e30):
+        found = inverse_root(torch.zeros(3, 3), root=2, epsilon=epsilon, method=method)
+        assert torch.allclose(found, epsilon**-0.5 * torch.eye(3), rtol=1e-5)  # float32, after 35 iterations
+
+
 @pytest.mark.parametrize(("epsilon", "bound"), [(1e-3, 5e-4), (1e-5, 3e-2)])
 @pytest.mark.parametrize("method", METHODS)
 def test_float32_keeps_what_the_damping_protects(method: InverseRootMethod, epsilon: float, bound: float) -> None:
@@ -164,14 +186,14 @@ def test_a_float32_decomposition_that_fails_is_done_in_float64(monkeypatch: pyte
 def test_a_decomposition_that_fails_for_good_is_nan_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.linalg.eigh
 
-    def failing_on_large(matrix: Tensor) -> Any:
-        if float(matrix.abs().max()) > 100:
+    def failing_on_identities(matrix: Tensor) -> Any:
+        if bool((matrix / matrix[..., :1, :1] == torch.eye(40)).all(-1).all(-1).any()):
             raise torch.linalg.LinAlgError("did not converge")  # type: ignore[attr-defined]
         return real(matrix)
 
-    monkeypatch.setattr(torch.linalg, "eigh", failing_on_large)
+    monkeypatch.setattr(torch.linalg, "eigh", failing_on_identities)
     good = with_eigenvalues(VALUES)
-    found = inverse_root(torch.stack([1e3 * good, good]), root=2, epsilon=0.0)
+    found = inverse_root(torch.stack([torch.eye(40).double(), good]), root=2, epsilon=0.0)
     assert found[0].isnan().all()
     assert relative_error(found[1], with_eigenvalues(VALUES**-0.5)) < 1e-10
 

@@ -293,6 +293,18 @@ def test_sharded_and_plain_parameters_share_a_group() -> None:
     assert torch.equal(mixed[1], plain[1])
 
 
+def test_a_checkpoint_with_the_maximum_of_second_moments_is_refused_and_changes_nothing() -> None:
+    weight = torch.nn.Parameter(torch.zeros(3))
+    weight.grad = torch.ones(3)
+    other = torch.optim.AdamW([weight], lr=0.3, amsgrad=True)
+    other.step()
+    mine = AdamW([weight], lr=0.01)
+    with pytest.raises(InvalidInputError, match="amsgrad=True"):
+        mine.load_state_dict(other.state_dict())
+    assert mine.param_groups[0]["lr"] == 0.01
+    assert not mine.state
+
+
 def test_settings_out_of_range_are_refused() -> None:
     weight = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(InvalidInputError, match="0 <= beta2 < 1"):

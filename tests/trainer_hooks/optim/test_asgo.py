@@ -23,6 +23,21 @@ from tests.trainer_hooks.optim.matrix_streams import (
 from trainer_hooks.optim.asgo import ASGO
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e8, 1e12])
+@pytest.mark.parametrize("method", ["polar_express", "eigh"])
+def test_updates_do_not_depend_on_the_size_of_the_gradient(method: Any, scale: float) -> None:
+    grads = stream(6, 9, steps=3)
+    steps = []
+    for factor in (1.0, scale):
+        parameter = torch.nn.Parameter(torch.zeros(6, 9))
+        steps.append(
+            follow(ASGO([parameter], lr=1.0, weight_decay=0, method=method), parameter, [factor * g for g in grads])
+        )
+    assert float(steps[0].norm()) > 1
+    # Float32 factors with a damping of 1e-6: their roots are known to some per cent.
+    assert float((steps[1] - steps[0]).norm() / steps[0].norm()) < 0.1
+
+
 def recursion(
     weight: Tensor,
     grads: list[Tensor],

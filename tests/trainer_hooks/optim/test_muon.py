@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from gns_controller.core.errors import GeometryError, InvalidInputError
 from tests.trainer_hooks.optim.streams import distance, gradients, run, run_new
-from trainer_hooks.kernels import NEWTON_SCHULZ_5
-from trainer_hooks.optim import Muon
+from trainer_hooks.kernels import EXACT, NEWTON_SCHULZ_5
+from trainer_hooks.optim import Muon, Shampoo
 
 A, B, C = 3.4445, -4.7750, 2.0315
 """Jordan's polynomial."""
@@ -178,6 +178,15 @@ def test_a_parameter_without_gradient_is_left_alone_until_it_has_one() -> None:
     assert not torch.equal(still.detach(), torch.ones(3, 4))
 
 
+def test_a_checkpoint_of_another_optimizer_is_refused_by_name() -> None:
+    parameter = nn.Parameter(torch.ones(3, 4))
+    parameter.grad = torch.ones(3, 4)
+    other = Shampoo([parameter])
+    other.step()
+    with pytest.raises(InvalidInputError, match=r"not Muon's: its groups hold .*grafting"):
+        Muon([parameter]).load_state_dict(other.state_dict())
+
+
 def test_what_it_cannot_do_is_said() -> None:
     with pytest.raises(GeometryError, match="give it to AdamW"):
         Muon([nn.Parameter(torch.zeros(3))])
@@ -185,6 +194,14 @@ def test_what_it_cannot_do_is_said() -> None:
         Muon([nn.Parameter(torch.zeros(3, 3))], momentum=1.0)
     with pytest.raises(InvalidInputError, match="rms_match"):
         Muon([nn.Parameter(torch.zeros(3, 3))], scale="width")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="dtype=None"):
+        Muon([nn.Parameter(torch.zeros(3, 3))], schedule=EXACT)
+    with pytest.raises(InvalidInputError, match="float16"):
+        Muon([nn.Parameter(torch.zeros(3, 3, dtype=torch.float16))])
+    with pytest.raises(InvalidInputError, match="POLAR_EXPRESS_4"):
+        Muon([nn.Parameter(torch.zeros(3, 3))], schedule="newton_schulz")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="no spectral_normalization"):
+        Muon([{"params": [nn.Parameter(torch.zeros(3, 3))], "spectral_normalization": True}])
     with pytest.raises(GeometryError, match="sum to 7"):
         Muon([{"params": [nn.Parameter(torch.zeros(6, 3))], "split_sizes": (4, 3)}])
     with pytest.raises(GeometryError, match="equal heads"):

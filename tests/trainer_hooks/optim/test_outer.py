@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from gns_controller.core.errors import InvalidInputError
@@ -205,6 +207,90 @@ def test_distributed_checkpoints_go_on_bit_for_bit(mesh: DeviceMesh, tmp_path: P
         assert isinstance(after.weight, DTensor)
         assert isinstance(optimizer.state[after.weight]["outer_momentum"], DTensor)
     assert torch.equal(feed_layer(optimizer, after, grads_of()[7:]), expected)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("make", [SNOO, Lookahead])
+def test_a_checkpoint_before_the_first_step_changes_nothing(mesh: DeviceMesh, sharded: bool, make: type[SNOO]) -> None:
+    """torch makes the state of an optimizer without any by a step at rate 0 on gradients of zeros."""
+    module, twin = layer(mesh if sharded else None), layer(mesh if sharded else None)
+    asked, other = (make(torch.optim.SGD(m.parameters(), lr=0.1), interval=3) for m in (module, twin))
+    get_optimizer_state_dict(module, asked)
+    assert asked.num_steps == 0
+    assert asked.state, "there is something to load a checkpoint into"
+    assert torch.equal(feed_layer(asked, module, grads_of()), feed_layer(other, twin, grads_of()))
+
+
+def test_first_steps_at_rate_0_and_first_gradients_of_zeros_count() -> None:
+    for rate, grad in ((0.0, grads_of()[0]), (0.1, torch.zeros(4, 3, dtype=torch.float64))):
+        moving = weight()
+        optimizer = SNOO(torch.optim.SGD([moving], lr=rate), interval=3)
+        feed(optimizer, moving, [grad])
+        assert optimizer.num_steps == 1
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 2, 3])
+def test_a_skipped_step_counts_and_the_outer_step_comes_when_it_would_have(skipped: int) -> None:
+    moving = weight()
+    optimizer = SNOO(sgd(moving), interval=3, lr=0.8, momentum=0.5)
+    slow = weight().detach().clone()
+    fast, buffer = slow.clone(), torch.zeros_like(slow)
+    for step, grad in enumerate(grads_of(steps=9)):
+        if step == skipped:
+            optimizer.count_skipped_step()
+        else:
+            feed(optimizer, moving, [grad])
+            fast = fast.add(grad, alpha=-0.1)
+        assert optimizer.num_steps == (step + 1) % 3
+        if (step + 1) % 3 == 0:
+            buffer = 0.5 * buffer + (slow - fast)
+            slow = slow - 0.8 * (0.5 * buffer + (slow - fast))
+            fast = slow.clone()
+        assert torch.equal(moving, fast)
+
+
+@pytest.mark.parametrize("reshards", [True, False])
+def test_slow_weights_of_a_model_under_fsdp2_are_seen_inside_and_gone_after(mesh: DeviceMesh, reshards: bool) -> None:
+    """After a forward pass without backward the root keeps gathered weights, which the next forward pass would use."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    twin, rows = copy.deepcopy(model), torch.randn(5, 4)
+    start = twin(rows).detach().clone()
+    fully_shard(model[0], mesh=mesh, reshard_after_forward=reshards)
+    fully_shard(model, mesh=mesh)
+    optimizers = [SNOO(torch.optim.SGD(m.parameters(), lr=0.5), interval=100) for m in (model, twin)]
+    for _ in range(3):
+        for module, optimizer in zip((model, twin), optimizers, strict=True):
+            module(rows).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = twin(rows).detach()
+    # One rank: the same products in the same order but for their layout in memory.
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    with torch.no_grad():
+        torch.testing.assert_close(model(rows), expected, **close)  # leaves gathered fast weights behind
+        with optimizers[0].slow_weights(model):
+            torch.testing.assert_close(model(rows), start, **close)  # and these, slow ones
+    torch.testing.assert_close(model(rows).detach(), expected, **close)
+    assert (expected - start).abs().max() > 0.1
+    for given in ((), (twin,)):
+        with (
+            pytest.raises(InvalidInputError, match=r"DTensors of none of them; .*slow_weights\(model\)"),
+            optimizers[0].slow_weights(*given),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda found: pickle.loads(pickle.dumps(found))])
+def test_a_copy_goes_on_by_itself_as_the_original_would(way: Callable[[Any], Any]) -> None:
+    moving = weight()
+    wrapped = SNOO(AdamW([moving], lr=0.1), interval=5)
+    feed(wrapped, moving, grads_of()[:7])
+    other = way(wrapped)
+    (copied,) = other.param_groups[0]["params"]
+    assert copied is not moving
+    expected = feed(wrapped, moving, grads_of()[7:])
+    assert torch.equal(feed(other, copied, grads_of()[7:]), expected)
 
 
 def test_slow_weights_are_seen_inside_and_gone_after() -> None:

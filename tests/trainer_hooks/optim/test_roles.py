@@ -309,3 +309,15 @@ def test_parameters_replaced_after_the_optimizer_was_made_are_found_out() -> Non
 )
 def test_numbered_names_fold_into_ranges(names: list[str], folded: list[str]) -> None:
     assert folded_names(names) == folded
+
+
+def test_words_for_matrices_leave_the_biases_beside_them_alone() -> None:
+    model = nn.ModuleDict({"qkv": nn.Linear(8, 12), "out": nn.Linear(8, 8)})
+    rows = {row.name: row for row in find_roles(model, fused={"qkv": (8, 2, 2)})}
+    assert (rows["qkv.weight"].role, rows["qkv.weight"].split_sizes) == ("qkv", (8, 2, 2))
+    assert rows["qkv.bias"].role == "bias"
+    told, _ = overruled(find_roles(model), {"out": "matrix"})
+    assert {row.name: row.role for row in told if row.name.startswith("out")} == {
+        "out.weight": "matrix",
+        "out.bias": "bias",
+    }

@@ -74,8 +74,19 @@ def test_the_closure_is_evaluated_with_gradients() -> None:
     assert parameter.item() == 2.0
 
 
+def test_independent_decay_counts_from_the_rate_that_a_scheduler_warms_up_to() -> None:
+    parameter = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    group = {"params": [parameter], "lr": 0.0, "initial_lr": 0.01}
+    optimizer = Signum([group], momentum=0.0, weight_decay=0.5, decay="independent")
+    optimizer.param_groups[0]["lr"] = 0.004
+    run(optimizer, parameter, [torch.zeros(1)])
+    assert parameter.item() == pytest.approx(1 - 0.5 * 0.4, abs=1e-15)
+
+
 def test_what_they_cannot_do_is_said() -> None:
     parameter = nn.Parameter(torch.zeros(3))
+    with pytest.raises(InvalidInputError, match="got lr=0; build the optimizer with the rate after warm-up"):
+        Signum([parameter], lr=0.0, decay="independent")
     with pytest.raises(InvalidInputError, match="0 <= momentum < 1"):
         Signum([parameter], momentum=1.0)
     with pytest.raises(InvalidInputError, match="0 <= lr"):

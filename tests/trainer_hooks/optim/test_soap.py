@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from gns_controller.core.errors import InvalidInputError
 from tests.trainer_hooks.optim.matrix_streams import (
@@ -22,6 +23,7 @@ from tests.trainer_hooks.optim.matrix_streams import (
     start,
     stream,
 )
+from trainer_hooks.optim.exchange import Exchange
 from trainer_hooks.optim.soap import SOAP
 
 
@@ -151,6 +153,32 @@ def test_the_first_gradient_moves_and_decays_nothing() -> None:
     parameter = start(6, 9)
     found = follow(SOAP([parameter], lr=0.1, weight_decay=0.5), parameter, stream(6, 9, steps=1))
     assert torch.equal(found, start(6, 9).detach())
+
+
+def test_a_state_dict_asked_for_before_the_first_step_changes_no_step() -> None:
+    model = torch.nn.Linear(9, 6, bias=False, dtype=torch.float64)
+    begin = model.weight.detach().clone()
+    optimizer = SOAP(model.parameters(), lr=0.02, weight_decay=0.1, guard=False)
+    get_optimizer_state_dict(model, optimizer)
+    found = follow(optimizer, model.weight, stream(6, 9))
+    expected, _ = published(begin, stream(6, 9), lr=0.02, weight_decay=0.1)
+    assert float((found - expected).norm() / (expected - begin).norm()) < 1e-9  # float64, as without asking
+
+
+def test_work_is_counted_on_the_sides_that_are_rotated_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[float] = []
+
+    def recorded(parameters: Any, costs: list[float], group: Any) -> Exchange:
+        counted.extend(costs)
+        return Exchange(parameters, costs, group)
+
+    monkeypatch.setattr("trainer_hooks.optim.base.Exchange", recorded)
+    for shape in ((20, 6), (6, 5)):
+        parameter = torch.nn.Parameter(torch.zeros(shape))
+        optimizer = SOAP([parameter], max_preconditioner_dim=10, precondition_frequency=5)
+        follow(optimizer, parameter, [torch.ones(shape)])
+    # Two products per side, and decompositions of ten products every five steps.
+    assert counted == [2 * 20 * 6 * 6 + 10 * 6**3 / 5, 2 * 6 * 5 * (6 + 5) + 10 * (6**3 + 5**3) / 5]
 
 
 def test_a_batch_change_turns_the_basis_once_and_at_the_next_step() -> None:

@@ -54,6 +54,27 @@ def test_its_rate_needs_no_multiplier_over_widths() -> None:
     assert set(rates.values()) == {1.0}
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize(("kind", "setting"), [(SOAP, "epsilon"), (Shampoo, "grafting_epsilon")])
+def test_its_epsilons_follow_the_gradients_of_the_optimizer_s_own_rule(
+    kind: type[torch.optim.Optimizer], setting: str, normalized: bool
+) -> None:
+    def model(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, width, bias=False), nn.Linear(width, width, bias=False), nn.Linear(width, 8))
+
+    wide = model(64)
+    groups = parameter_groups(
+        wide,
+        hidden=kind,
+        hidden_options={setting: 1e-8, "spectral_normalization": normalized},
+        base_shapes=base_shapes_of(model(16)),
+    )
+    epsilons = {id(p): group[setting] for group in groups.optimizers[0].param_groups for p in group["params"]}
+    found = [epsilons[id(parameter)] for parameter in list(wide.parameters())[:2]]
+    # Outputs, then both sides, are four times as wide. arXiv:2512.05620v2: sqrt(din / dout); 1 / dout where Adam's.
+    assert found == pytest.approx([0.5e-8, 1e-8] if kind is SOAP else [0.25e-8, 0.25e-8], rel=1e-9)
+
+
 def test_blocks_are_refused() -> None:
     with pytest.raises(InvalidInputError, match="max_preconditioner_dim"):
         Shampoo([nn.Parameter(torch.zeros(8, 6))], max_preconditioner_dim=4, spectral_normalization=True)

@@ -1,0 +1,74 @@
+"""What a checkpoint must bring to the rank that owns a matrix, and what is said when it does not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gns_controller.core.errors import InvalidInputError
+from tests.trainer_hooks.optim.streams import gradients, run
+from trainer_hooks.optim import ASGO, SOAP, EShampoo, Muon, Shampoo
+
+
+@pytest.mark.parametrize("kind", [Shampoo, EShampoo, SOAP, ASGO])
+def test_a_checkpoint_with_nothing_but_zeros_for_this_rank_is_refused(kind: type[torch.optim.Optimizer]) -> None:
+    """torch's full_state_dict of rank 0 comes back so on the others: counts, and the zeros that were there."""
+    parameter = nn.Parameter(torch.ones(4, 6))
+    optimizer = kind([parameter])
+    run(optimizer, parameter, gradients(4, 6, steps=3))
+    whole = copy.deepcopy(optimizer.state_dict())
+    blank = copy.deepcopy(whole)
+    for name, value in blank["state"][0].items():
+        if name != "step" and isinstance(value, Tensor):
+            value.zero_()
+    with pytest.raises(InvalidInputError, match="full_state_dict"):
+        optimizer.load_state_dict(blank)
+    optimizer.load_state_dict(whole)
+    run(optimizer, parameter, gradients(4, 6, steps=1))
+
+
+def test_counts_without_matrices_are_refused_at_the_next_step() -> None:
+    parameter = nn.Parameter(torch.ones(4, 6))
+    before = Shampoo([parameter])
+    run(before, parameter, gradients(4, 6, steps=3))
+    share = copy.deepcopy(before.state_dict())
+    share["state"][0] = {"step": share["state"][0]["step"]}
+    after = Shampoo([parameter])
+    after.load_state_dict(share)
+    with pytest.raises(InvalidInputError, match="consolidated_state_dict"):
+        run(after, parameter, gradients(4, 6, steps=1))
+
+
+def test_a_copy_of_a_share_is_refused_at_its_first_step() -> None:
+    """On a rank of several, a copy would do all of the work, with the matrices of one rank."""
+    optimizer = SOAP([nn.Parameter(torch.ones(4, 6)) for _ in range(2)])
+    mine, theirs = optimizer.param_groups[0]["params"]
+    mine.grad = theirs.grad = torch.ones(4, 6)
+    optimizer.step()
+    optimizer.state[theirs] = {"step": optimizer.state[theirs]["step"]}
+    copied = copy.deepcopy(optimizer)
+    for parameter in copied.param_groups[0]["params"]:
+        parameter.grad = torch.ones(4, 6)
+    with pytest.raises(InvalidInputError, match="only the matrices it owns"):
+        copied.step()
+
+
+def test_large_models_are_stepped_in_portions_and_end_as_they_would_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained() -> list[Tensor]:
+        shapes = [(4, 6), (6, 4), (4, 6), (5, 5), (4, 6)]
+        matrices = [nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in shapes]
+        optimizer = Muon(matrices, dtype=None)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            for matrix in matrices:
+                matrix.grad = torch.randn(matrix.shape, generator=generator, dtype=torch.float64)
+            optimizer.step()
+        return [matrix.detach() for matrix in matrices]
+
+    at_once = trained()
+    monkeypatch.setattr("trainer_hooks.optim.base._MAX_BATCH_NUMEL", 30)
+    for found, expected in zip(trained(), at_once, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
