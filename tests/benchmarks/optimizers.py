@@ -36,23 +36,25 @@ TOKENS_AT_ONCE = 2048
 NUM_STEPS = len(POLAR_EXPRESS_4.coefficients)
 """Of Muon's own schedule."""
 Shapes = Sequence[tuple[int, ...]]
+RATE = 1e-30
+"""Moves nothing that float32 holds, and is no rate of 0, which some take for a step that does not count."""
 Optimizers = dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]
 
 OURS: Optimizers = {
-    "Muon": lambda p: Muon(p, lr=0.0),
-    "Signum": lambda p: Signum(p, lr=0.0),
-    "AdamW": lambda p: AdamW(p, lr=0.0),
-    "Shampoo": lambda p: Shampoo(p, lr=0.0),
-    "EShampoo": lambda p: EShampoo(p, lr=0.0),
-    "SOAP": lambda p: SOAP(p, lr=0.0),
-    "ASGO": lambda p: ASGO(p, lr=0.0),
-    "Scion": lambda p: Scion(p, lr=0.0),
-    "SinkGD": lambda p: SinkGD(p, lr=0.0),
-    "SpecSGD": lambda p: SpecSGD(p, lr=0.0),
+    "Muon": lambda p: Muon(p, lr=RATE),
+    "Signum": lambda p: Signum(p, lr=RATE),
+    "AdamW": lambda p: AdamW(p, lr=RATE),
+    "Shampoo": lambda p: Shampoo(p, lr=RATE),
+    "EShampoo": lambda p: EShampoo(p, lr=RATE),
+    "SOAP": lambda p: SOAP(p, lr=RATE),
+    "ASGO": lambda p: ASGO(p, lr=RATE),
+    "Scion": lambda p: Scion(p, lr=RATE),
+    "SinkGD": lambda p: SinkGD(p, lr=RATE),
+    "SpecSGD": lambda p: SpecSGD(p, lr=RATE),
 }
 TORCHS: Optimizers = {
-    "torch AdamW": lambda p: torch.optim.AdamW(p, lr=0.0),
-    "torch Muon": lambda p: torch.optim.Muon(p, lr=0.0, weight_decay=0.0),
+    "torch AdamW": lambda p: torch.optim.AdamW(p, lr=RATE),
+    "torch Muon": lambda p: torch.optim.Muon(p, lr=RATE, weight_decay=0.0),
 }
 
 
@@ -62,17 +64,16 @@ def peers() -> Optimizers:
     try:
         import pytorch_optimizer
 
-        # A rate of 0 is refused there; this one moves nothing that float32 holds.
         found["pytorch_optimizer Muon"] = lambda p: pytorch_optimizer.Muon(
-            [{"params": p, "use_muon": True}], lr=1e-30, weight_decay=0.0
+            [{"params": p, "use_muon": True}], lr=RATE, weight_decay=0.0
         )
-        found["pytorch_optimizer SOAP"] = lambda p: pytorch_optimizer.SOAP(p, lr=1e-30, weight_decay=0.0)
+        found["pytorch_optimizer SOAP"] = lambda p: pytorch_optimizer.SOAP(p, lr=RATE, weight_decay=0.0)
     except ImportError:
         pass
     try:
         import heavyball
 
-        found["heavyball Muon"] = lambda p: heavyball.Muon(p, lr=0.0, weight_decay=0.0)
+        found["heavyball Muon"] = lambda p: heavyball.Muon(p, lr=RATE, weight_decay=0.0)
     except ImportError:
         pass
     return found
@@ -212,7 +213,7 @@ def muon_against_torch(shapes: Shapes, rounds: int) -> dict[str, float]:
 def _with_newton_schulz(shapes: Shapes) -> Callable[[], object]:
     """Ours with torch's polynomials: the same products, without what the schedule saves."""
     parameters = parameters_of(shapes)
-    return stepping(Muon(parameters, lr=0.0, schedule=NEWTON_SCHULZ_5), parameters)
+    return stepping(Muon(parameters, lr=RATE, schedule=NEWTON_SCHULZ_5), parameters)
 
 
 def two_ranks(layers: int, rounds: int) -> dict[str, float]:
@@ -236,8 +237,8 @@ def worker(layers: int, rounds: int) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     shapes = LLAMA_160M_LAYER * layers
-    ours = Muon(parameters_of(shapes), lr=0.0, process_group=dist.group.WORLD)
-    torchs = torch.optim.Muon(parameters_of(shapes), lr=0.0, weight_decay=0.0)
+    ours = Muon(parameters_of(shapes), lr=RATE, process_group=dist.group.WORLD)
+    torchs = torch.optim.Muon(parameters_of(shapes), lr=RATE, weight_decay=0.0)
 
     def together(step: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
@@ -272,7 +273,7 @@ def training_rows(tokens: int, rounds: int) -> tuple[list[dict[str, Any]], float
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name]
     for parameter in matrices:
         assert parameter.grad is not None
-    adamw, shampoo = torch.optim.AdamW(matrices, lr=0.0), Shampoo(matrices, lr=0.0)
+    adamw, shampoo = torch.optim.AdamW(matrices, lr=RATE), Shampoo(matrices, lr=RATE)
     frequency = int(shampoo.param_groups[0]["precondition_frequency"])
     shampoo.step()
     plain = interleaved({"adamw": adamw.step, "shampoo": shampoo.step}, min(rounds, frequency - 2))
