@@ -141,13 +141,14 @@ def parameter_groups(
             known, or no rule carries an optimizer's settings over.
         GeometryError: a parameter that its optimizer cannot take.
     """
+    asked: dict[str, Any] = {"hidden": (hidden, hidden_options), "head": head, "embedding": embedding}
+    asked["fallback"] = (fallback, fallback_options)
+    _check_asked(model, asked)
     rows, words = overruled(find_roles(model, fused=fused), roles or {})
     unknown = sorted(set(no_decay) - set(get_args(Role)))
     if unknown:
         raise InvalidInputError(f"no_decay: roles {unknown} do not exist; there are {', '.join(get_args(Role))}.")
     heads = match(num_heads or {}, [row.name for row in rows], what="num_heads")
-    asked = {"hidden": (hidden, hidden_options), "head": head, "embedding": embedding}
-    asked["fallback"] = (fallback, fallback_options)
     takers = {key: _Optimizer(taker[0], dict(taker[1] or {})) for key, taker in asked.items() if taker}
     takers["hidden"].process_group = process_group
     _check_wanted(rows, takers, splits={"fused": fused, "num_heads": num_heads})
@@ -243,6 +244,22 @@ class _Optimizer:
             raise InvalidInputError(f"{self.name} divides no work between ranks; leave out process_group.")
         groups = [{"params": parameters, **dict(keys)} for keys, parameters in self.param_groups.items()]
         return self.kind(groups, **self.options, **shared)
+
+
+def _check_asked(model: object, asked: Mapping[str, object]) -> None:
+    """Whether the model is one and optimizers are classes."""
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"parameter_groups takes the model itself, got {type(model).__name__}.")
+    for name, taker in asked.items():
+        if taker is None:
+            continue
+        kind = taker[0] if isinstance(taker, tuple) and len(taker) == 2 else None
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            raise InvalidInputError(f"{name}= takes an optimizer's class; head= and embedding= take (class, settings).")
+        if next(iter(inspect.signature(kind).parameters)) == "optimizer":
+            raise InvalidInputError(
+                f"{kind.__name__} goes around optimizers: [{kind.__name__}(o) for o in groups.optimizers]."
+            )
 
 
 def _check_wanted(

@@ -61,7 +61,9 @@ class SNOO(torch.optim.Optimizer):
         batch_exponent: float = 0.0,
     ) -> None:
         kind, infinity = type(self).__name__, float("inf")
-        if not isinstance(interval, int):
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise InvalidInputError(f"{kind} wraps an optimizer that is built, as {kind}(Muon(matrices)).")
+        if not isinstance(interval, int) or isinstance(interval, bool):
             raise InvalidInputError(f"{kind} needs a whole number of steps, got interval={interval!r}.")
         check_settings(kind, interval=(interval, 1, infinity), momentum=(momentum, 0, 1))
         check_settings(kind, lr=(lr, 0, infinity), batch_exponent=(batch_exponent, 0, infinity))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from gns_controller.core.errors import GeometryError, InvalidInputError
 from trainer_hooks.examples.llama import Llama, LlamaConfig
 from trainer_hooks.examples.train_lm import build_optimizers
-from trainer_hooks.optim import SOAP, Muon, Scion, Shampoo, Signum, SpecSGD
+from trainer_hooks.optim import SNOO, SOAP, AdamW, Muon, Scion, Shampoo, Signum, SpecSGD
 from trainer_hooks.optim.grouping import GroupedParameter, ParameterGroups, parameter_groups
 from trainer_hooks.optim.roles import check_ownership
 from trainer_hooks.optim.transfer import TransferRule, base_shapes_of
@@ -392,3 +393,22 @@ def test_layers_that_are_treated_differently_are_not_folded_together() -> None:
     assert "blocks.0,2-3.attention.query.weight" in names
     assert "blocks.1.attention.query.weight" in names
     assert "blocks.0-3.attention.key.weight" in names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"hidden": "Muon"}, "hidden= takes an optimizer's class"),
+        ({"hidden": SNOO}, "goes around optimizers"),
+        ({"hidden": Muon, "head": AdamW}, "head= takes"),
+        ({"hidden": Muon, "embedding": (AdamW,)}, "takes an optimizer's class"),
+    ],
+)
+def test_what_is_no_optimizer_class_is_said_by_argument(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidInputError, match=re.escape(words)):
+        parameter_groups(nn.Linear(4, 4), **arguments)
+
+
+def test_a_model_is_asked_for_and_not_its_parameters() -> None:
+    with pytest.raises(InvalidInputError, match="takes the model itself, got generator"):
+        parameter_groups(nn.Linear(4, 4).parameters(), hidden=Muon)  # type: ignore[arg-type]
