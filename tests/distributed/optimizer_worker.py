@@ -256,6 +256,9 @@ def save(directory: str) -> None:
             dcp.save(
                 {"model": found_model, "optimizers": found_optimizers}, checkpoint_id=f"{directory}/{name}-{layout}"
             )
+            if layout == "FSDP2":
+                with pytest.raises(InvalidInputError, match="of sharded ones every rank holds blocks"):
+                    optimizers[0].consolidated_state_dict()
             if layout == "DDP":
                 inner = optimizers[0]
                 states = [inner.consolidated_state_dict(), optimizers[1].state_dict()]

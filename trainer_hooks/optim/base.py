@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from math import prod
 from typing import Any, ClassVar, NamedTuple
@@ -21,9 +21,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gns_controller.core.errors import GeometryError, InvalidInputError
-from trainer_hooks.optim.decay import blocks_of, check_decay, check_settings, descend, gradient_of, remember_peak
+from trainer_hooks.optim.decay import (
+    blocks_of,
+    check_decay,
+    check_settings,
+    descend,
+    gradient_of,
+    refuse_sharded,
+    remember_peak,
+)
 from trainer_hooks.optim.exchange import Exchange, layout_key
-from trainer_hooks.optim.matrices import MatrixState, matrices_of
+from trainer_hooks.optim.matrices import MatrixState, is_blank, is_share_of_others, matrices_of
 from trainer_hooks.optim.stepping import Stepping
 from trainer_hooks.optim.transfer import power_iterations, spectrally_normalized
 
@@ -33,8 +41,6 @@ _MAX_BATCH_NUMEL = 2**25
 
 _SCHEDULERS_SETTINGS = {"initial_lr", "peak_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 """What others write into groups."""
-_BLANK_AT_FIRST = ("left", "right", "factor", "momentum", "second_moment")
-"""Averages, which no gradient leaves at zero."""
 
 
 class _Member(NamedTuple):
@@ -296,11 +302,7 @@ class MatrixOptimizer(Stepping):
         Raises:
             InvalidInputError: parameters are sharded, so that one file cannot hold their blocks. On every rank.
         """
-        if any(isinstance(parameter, DTensor) for group in self.param_groups for parameter in group["params"]):
-            raise InvalidInputError(
-                "consolidated_state_dict is for plain parameters; of sharded ones every rank holds blocks. Save with "
-                "torch.distributed.checkpoint."
-            )
+        refuse_sharded([parameter for group in self.param_groups for parameter in group["params"]])
         found = self.state_dict()
         if not self.owns_state:
             return found
@@ -369,21 +371,6 @@ class MatrixOptimizer(Stepping):
                     f"full_state_dict=True saves rank 0's share of {type(self).__name__}. Save with "
                     "torch.distributed.checkpoint without it, or save consolidated_state_dict()."
                 )
-
-
-def is_share_of_others(state: Mapping[str, Any]) -> bool:
-    """Whether a parameter was stepped, and nothing but the count is there."""
-    return state.keys() == {"step"} and bool(state["step"] > 0)
-
-
-def is_blank(state: Mapping[str, Any]) -> bool:
-    """Whether every buffer is as the first step makes it: zero, or an identity or a start of its own."""
-    buffers = [
-        value
-        for name, value in state.items()
-        if isinstance(value, Tensor) and name.partition(".")[0] in _BLANK_AT_FIRST
-    ]
-    return bool(buffers) and not any(bool(buffer.any()) for buffer in buffers)
 
 
 def _normalized(updates_BMN: Tensor, states: Sequence[MatrixState], step: int) -> Tensor:

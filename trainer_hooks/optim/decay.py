@@ -104,3 +104,16 @@ def descend(blocks: Sequence[Tensor], updates: Sequence[Tensor], group: Mapping[
     elif shrinkage:
         torch._foreach_mul_(list(blocks), 1 - shrinkage)
     torch._foreach_add_(list(blocks), list(updates), alpha=-rate)
+
+
+def refuse_sharded(parameters: Sequence[Tensor]) -> None:
+    """For state that is to be one file.
+
+    Raises:
+        InvalidInputError: a parameter is sharded.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        raise InvalidInputError(
+            "consolidated_state_dict is for plain parameters; of sharded ones every rank holds blocks. Save with "
+            "torch.distributed.checkpoint."
+        )

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from gns_controller.core.errors import GeometryError
 
+_BLANK_AT_FIRST = ("left", "right", "factor", "momentum", "second_moment")
+"""Averages, which no gradient leaves at zero."""
+
 
 def matrices_of(whole: Tensor, group: Mapping[str, Any], *, block_size: int | None = None) -> list[Tensor]:
     """Views of a whole parameter (or of its gradient, or update), one per matrix that is preconditioned by itself.
@@ -84,3 +87,18 @@ class MatrixState(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def is_share_of_others(state: Mapping[str, Any]) -> bool:
+    """Whether a parameter was stepped, and nothing but the count is there."""
+    return state.keys() == {"step"} and bool(state["step"] > 0)
+
+
+def is_blank(state: Mapping[str, Any]) -> bool:
+    """Whether every buffer is as the first step makes it: zero, or an identity or a start of its own."""
+    buffers = [
+        value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and name.partition(".")[0] in _BLANK_AT_FIRST
+    ]
+    return bool(buffers) and not any(bool(buffer.any()) for buffer in buffers)

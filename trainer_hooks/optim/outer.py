@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.optim.chunks import chunks_of
-from trainer_hooks.optim.decay import blocks_of, check_settings, state_block
+from trainer_hooks.optim.decay import blocks_of, check_settings, refuse_sharded, state_block
 
 _OUTER = ("outer_slow", "outer_momentum")
 _NUM_STEPS = "outer_num_steps"
@@ -223,8 +223,13 @@ class SNOO(torch.optim.Optimizer):
         return self._with_outer(self.inner.state_dict())
 
     def consolidated_state_dict(self) -> dict[str, Any]:
-        """The same with the matrices of every rank, where the inner optimizer divides them. Every rank calls it."""
+        """The same with the matrices of every rank, where the inner optimizer divides them. Every rank calls it.
+
+        Raises:
+            InvalidInputError: parameters are sharded, so that one file cannot hold their blocks. On every rank.
+        """
         self._check_not_swapped("consolidated_state_dict")
+        refuse_sharded([parameter for group in self.param_groups for parameter in group["params"]])
         consolidated = getattr(self.inner, "consolidated_state_dict", self.inner.state_dict)
         return self._with_outer(consolidated())
 
