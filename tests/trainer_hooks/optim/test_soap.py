@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -99,6 +100,18 @@ def test_in_float32_it_stays_within_1e_6_of_the_way() -> None:
     found = follow(SOAP([parameter], guard=False, **settings), parameter, stream(6, 6))
     expected, _ = published(start(6, 6).detach(), stream(6, 6), **settings)
     assert distance(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_guard_it_is_the_soap_of_pytorch_optimizer(shape: tuple[int, int]) -> None:
+    peer = pytest.importorskip("pytorch_optimizer")
+    settings = {"lr": 3e-3, "betas": (0.95, 0.95), "precondition_frequency": 5, "weight_decay": 0.0}
+    ends = []
+    for build in (partial(SOAP, guard=False, **settings), partial(peer.SOAP, **settings)):
+        parameter = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        ends.append(follow(build([parameter]), parameter, stream(*shape)))
+    # The peer keeps factors and bases in float32.
+    assert float((ends[0] - ends[1]).norm() / ends[1].norm()) < 1e-6
 
 
 def test_the_guard_changes_nothing_while_the_basis_stands_still() -> None:
