@@ -13,11 +13,9 @@ from trainer_hooks.optim.chunks import chunks_of
 from trainer_hooks.optim.decay import (
     Decay,
     blocks_of,
-    check_decay,
     check_settings,
     descend,
     gradient_of,
-    remember_peak,
     state_block,
 )
 from trainer_hooks.optim.halves import TakesHalves
@@ -96,17 +94,13 @@ class AdamW(TakesHalves, Stepping):
             raise InvalidInputError("AdamW has no amsgrad, got a checkpoint with amsgrad=True; go on with torch's own.")
         super().__setstate__(state)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with settings of their own if the group has any."""
-        super().add_param_group(param_group)
-        group, kind, infinity = self.param_groups[-1], type(self).__name__, float("inf")
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        kind = type(self).__name__
         beta1, beta2 = group["betas"]
-        check_settings(kind, lr=(group["lr"], 0, infinity), beta1=(beta1, 0, 1), beta2=(beta2, 0, 1))
-        check_settings(kind, eps=(group["eps"], 0, infinity), weight_decay=(group["weight_decay"], 0, infinity))
-        check_decay(kind, group["decay"])
+        check_settings(kind, beta1=(beta1, 0, 1), beta2=(beta2, 0, 1), eps=(group["eps"], 0, float("inf")))
         if any(parameter.is_complex() for parameter in group["params"]):
             raise InvalidInputError(f"{kind} steps real parameters; give it torch.view_as_real of complex ones.")
-        remember_peak(group)
 
     def _step(self) -> None:
         halves = self._take_halves()

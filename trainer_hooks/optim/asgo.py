@@ -94,10 +94,8 @@ class ASGO(MatrixOptimizer):
         }
         super().__init__(params, defaults, process_group=process_group)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add matrices, with settings of their own if the group has any. On every rank alike."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
         check_betas("ASGO", group["betas"])
         check_settings("ASGO", epsilon=(group["epsilon"], 0, 1))
         if group["method"] not in ("eigh", "polar_express"):

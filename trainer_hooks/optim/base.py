@@ -23,12 +23,9 @@ from torch.distributed.tensor import DTensor
 from gns_controller.core.errors import GeometryError, InvalidInputError
 from trainer_hooks.optim.decay import (
     blocks_of,
-    check_decay,
-    check_settings,
     descend,
     gradient_of,
     refuse_sharded,
-    remember_peak,
 )
 from trainer_hooks.optim.exchange import Exchange, layout_key
 from trainer_hooks.optim.matrices import MatrixState, is_blank, is_share_of_others, matrices_of
@@ -88,14 +85,8 @@ class MatrixOptimizer(Stepping):
         defaults = {"split_sizes": None, "num_heads": None, "batched": False, **defaults}
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; each must hold matrices. On every rank alike."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        kind = type(self).__name__
-        check_settings(kind, lr=(group["lr"], 0, float("inf")), weight_decay=(group["weight_decay"], 0, float("inf")))
-        check_decay(kind, group["decay"])
-        remember_peak(group)
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
         for parameter in group["params"]:
             self._check_parameter(parameter, group)
         if group.get("spectral_normalization"):

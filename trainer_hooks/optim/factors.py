@@ -37,10 +37,9 @@ class FactoredOptimizer(MatrixOptimizer):
     ) -> None:
         super().__init__(params, {**defaults, "refresh_due": False}, process_group=process_group)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add matrices, with settings of their own if the group has any. On every rank alike."""
-        super().add_param_group(param_group)
-        group, kind = self.param_groups[-1], type(self).__name__
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        kind = type(self).__name__
         check_counts(kind, group, precondition_frequency=1, max_preconditioner_dim=1)
 
     def _step(self) -> None:

@@ -81,10 +81,8 @@ class Muon(MatrixOptimizer):
         }
         super().__init__(params, defaults, process_group=process_group)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add matrices, with settings of their own if the group has any. On every rank alike."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
         check_settings("Muon", momentum=(group["momentum"], 0, 1))
         check_iteration("Muon", group["params"], schedule=self._schedule, dtype=self._dtype)
         update_scale(group["scale"], rows=1, columns=1)

@@ -90,10 +90,8 @@ class Scion(MatrixOptimizer):
         }
         super().__init__(params, defaults, process_group=process_group)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with settings of their own if the group has any. On every rank alike."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
         check_settings("Scion", momentum=(group["momentum"], 0, 1), scale=(group["scale"], 0, float("inf")))
         if group["decay"] != "decoupled":
             raise InvalidInputError(

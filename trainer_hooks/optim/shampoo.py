@@ -159,10 +159,9 @@ class Shampoo(TakesHalves, FactoredOptimizer):
         self._differences: dict[Tensor, list[Tensor]] = {}
         super().__init__(params, defaults, process_group=process_group)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add matrices, with settings of their own if the group has any. On every rank alike."""
-        super().add_param_group(param_group)
-        _check(self.param_groups[-1])
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        _check(group)
 
     def _step(self) -> None:
         self._share_halves()

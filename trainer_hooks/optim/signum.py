@@ -11,11 +11,9 @@ from torch import Tensor
 from trainer_hooks.optim.decay import (
     Decay,
     blocks_of,
-    check_decay,
     check_settings,
     descend,
     gradient_of,
-    remember_peak,
     state_block,
 )
 from trainer_hooks.optim.stepping import Stepping
@@ -57,14 +55,9 @@ class Signum(Stepping):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decay": decay, "maximize": maximize}
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with settings of their own if the group has any."""
-        super().add_param_group(param_group)
-        group, kind, infinity = self.param_groups[-1], type(self).__name__, float("inf")
-        check_settings(kind, lr=(group["lr"], 0, infinity), momentum=(group["momentum"], 0, 1))
-        check_settings(kind, weight_decay=(group["weight_decay"], 0, infinity))
-        check_decay(kind, group["decay"])
-        remember_peak(group)
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_settings(type(self).__name__, momentum=(group["momentum"], 0, 1))
 
     def _step(self) -> None:
         for group in self.param_groups:

@@ -68,10 +68,9 @@ class SinkGD(MatrixOptimizer):
         }
         super().__init__(params, defaults, process_group=process_group)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add matrices, with settings of their own if the group has any. On every rank alike."""
-        super().add_param_group(param_group)
-        check_settings("SinkGD", rounds=(self.param_groups[-1]["rounds"], 1, float("inf")))
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_settings("SinkGD", rounds=(group["rounds"], 1, float("inf")))
 
     def _updates(self, matrices_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], step: int) -> Tensor:
         X_BMN = matrices_BMN.to(torch.promote_types(matrices_BMN.dtype, torch.float32))

@@ -68,10 +68,9 @@ class SpecSGD(MatrixOptimizer):
         }
         super().__init__(params, defaults, process_group=process_group)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add matrices. On every rank alike."""
-        super().add_param_group(param_group)
-        check_iteration("SpecSGD", self.param_groups[-1]["params"], schedule=EXACT, dtype=None)
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_iteration("SpecSGD", group["params"], schedule=EXACT, dtype=None)
 
     def _updates(self, matrices_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], step: int) -> Tensor:
         factors_BMN = orthogonalize(matrices_BMN, schedule=EXACT)

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, overload
 
 import torch
 
+from trainer_hooks.optim.decay import check_decay, check_settings, remember_peak
+
 
 class Stepping(torch.optim.Optimizer):
     """Base of optimizers: step() evaluates the closure and calls _step.
@@ -36,6 +38,22 @@ class Stepping(torch.optim.Optimizer):
         for group, own in zip(self.param_groups, built, strict=False):
             for name, value in own.items():
                 group.setdefault(name, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with settings of their own if the group has any. A refused group is not kept. Every rank."""
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse settings out of range, and parameters that cannot be stepped."""
+        kind, infinity = type(self).__name__, float("inf")
+        check_settings(kind, lr=(group["lr"], 0, infinity), weight_decay=(group["weight_decay"], 0, infinity))
+        check_decay(kind, group["decay"])
+        remember_peak(group)
 
     @overload
     def step(self, closure: None = None) -> None: ...

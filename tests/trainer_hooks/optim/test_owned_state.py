@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gns_controller.core.errors import InvalidInputError
+from gns_controller.core.errors import GeometryError, InvalidInputError
 from tests.trainer_hooks.optim.streams import gradients, run
 from trainer_hooks.optim import ASGO, SOAP, EShampoo, Muon, Shampoo
 
@@ -72,3 +72,12 @@ def test_large_models_are_stepped_in_portions_and_end_as_they_would_at_once(monk
     monkeypatch.setattr("trainer_hooks.optim.base._MAX_BATCH_NUMEL", 30)
     for found, expected in zip(trained(), at_once, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_refused_group_is_not_kept() -> None:
+    parameter = nn.Parameter(torch.ones(4, 6))
+    optimizer = Muon([parameter])
+    with pytest.raises(GeometryError):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert len(optimizer.param_groups) == 1
+    run(optimizer, parameter, gradients(4, 6, steps=1))
