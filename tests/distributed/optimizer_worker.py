@@ -60,8 +60,8 @@ MATRIX_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "ASGO": lambda p, **kw: ASGO(p, lr=0.01, epsilon=1e-3, **kw),
 }
 SAME_SAMPLES = ("EShampoo", "SOAP")
-"""Every rank sees all samples, so that averages are exact. The first factor of a matrix that is not square has null
-directions, in which rounding alone would choose the basis, and later gradients move along it."""
+"""Every rank sees all samples, so that averages over 2 or 4 ranks are exact. The first factor of a matrix that is not
+square has null directions, in which rounding alone would choose the basis, and later gradients move along it."""
 ELEMENTWISE_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SignSGD": lambda p: SignSGD(p, lr=0.01),
     "Signum": lambda p: Signum(p, lr=0.01, weight_decay=0.1),
