@@ -12,7 +12,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import partial
-from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,12 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gns_controller.core.errors import GeometryError, InvalidInputError
-from trainer_hooks.optim.decay import (
-    blocks_of,
-    descend,
-    gradient_of,
-    refuse_sharded,
-)
+from trainer_hooks.optim.decay import blocks_of, descend, gradient_of, refuse_sharded
 from trainer_hooks.optim.exchange import Exchange, layout_key
 from trainer_hooks.optim.matrices import MatrixState, is_blank, is_share_of_others, matrices_of
 from trainer_hooks.optim.stepping import Stepping
@@ -34,7 +28,6 @@ from trainer_hooks.optim.transfer import power_iterations, spectrally_normalized
 
 _MAX_BATCH_NUMEL = 2**25
 """Entries of one batch of matrices: bounds what an update takes besides the state."""
-
 
 _SCHEDULERS_SETTINGS = {"initial_lr", "peak_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 """What others write into groups."""
@@ -243,7 +236,7 @@ class MatrixOptimizer(Stepping):
                 key = (number, step, tuple(piece.shape))
                 batches.setdefault(key, []).append(_Item(piece, MatrixState(state, place), target))
         for (number, step, shape), items in batches.items():
-            at_once = max(_MAX_BATCH_NUMEL // prod(shape), 1)
+            at_once = max(_MAX_BATCH_NUMEL // math.prod(shape), 1)
             for start in range(0, len(items), at_once):
                 self._update_batch(items[start : start + at_once], self.param_groups[number], step)
         return results

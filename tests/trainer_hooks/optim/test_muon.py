@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 
@@ -81,12 +82,13 @@ def test_muon_agrees_with_the_one_in_torch(adjust: str) -> None:
 
 def test_muon_agrees_with_the_one_of_pytorch_optimizer() -> None:
     # Its momentum is a sum, m <- beta m + g, which the orthogonalization does not tell from an average; bfloat16.
-    peer = pytest.importorskip("pytorch_optimizer")
     grads = gradients(16, 24, steps=5)
     start = torch.zeros(16, 24)
 
     def theirs(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return peer.Muon([{"params": parameters, "use_muon": True}], lr=0.02, momentum=0.95, weight_decay=0.0)
+        return pytorch_optimizer.Muon(
+            [{"params": parameters, "use_muon": True}], lr=0.02, momentum=0.95, weight_decay=0.0
+        )
 
     expected = run_new(theirs, grads, start=start, dtype=torch.float32)
     found = run_new(lambda p: Muon(p, lr=0.02, schedule=NEWTON_SCHULZ_5), grads, start=start, dtype=torch.float32)

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import pytorch_optimizer
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -104,10 +105,9 @@ def test_in_float32_it_stays_within_1e_6_of_the_way() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_without_guard_it_is_the_soap_of_pytorch_optimizer(shape: tuple[int, int]) -> None:
-    peer = pytest.importorskip("pytorch_optimizer")
     settings = {"lr": 3e-3, "betas": (0.95, 0.95), "precondition_frequency": 5, "weight_decay": 0.0}
     ends = []
-    for build in (partial(SOAP, guard=False, **settings), partial(peer.SOAP, **settings)):
+    for build in (partial(SOAP, guard=False, **settings), partial(pytorch_optimizer.SOAP, **settings)):
         parameter = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
         ends.append(follow(build([parameter]), parameter, stream(*shape)))
     # The peer keeps factors and bases in float32.
