@@ -92,14 +92,16 @@ def _where(decay: float) -> str:
 
 def _held(guards: Guards, situation: Situation, wanted: float) -> tuple[Reason, str] | None:
     state, measurement, current = situation.state, situation.measurement, situation.batch_size
-    if wanted < current:
+    raised = max(wanted, float(guards.minimum_batch_size or 0))
+    if raised < current:
         if guards.monotone:
             return "hold_monotone", "and this run never shrinks"
         if wanted * guards.hysteresis > current:
             return "hold_hysteresis", f"not yet below {current} / {guards.hysteresis:g}"
+    bounded = min(raised, float(guards.maximum_batch_size or LARGEST_BATCH_SIZE))
     if (
         guards.dwell
-        and wanted != current
+        and (wanted != current or bounded != current)  # a bound changes the batch of a wish that does not
         and not guards.dwell.passed(
             steps=measurement.optimizer_step - state.changed_at_step,
             samples=measurement.samples_seen - state.changed_at_samples,

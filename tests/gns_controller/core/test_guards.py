@@ -116,6 +116,21 @@ def test_bounds_hold() -> None:
         specification(wishing_policy(minimum_batch_size=65, maximum_batch_size=64))
 
 
+def test_a_bound_that_would_change_the_batch_waits_out_the_dwell() -> None:
+    # The wish is the present batch itself: 1600 samples after the start, and 3200.
+    dwell = Span(samples=3200)
+    assert outcomes(wishing(16, 16, minimum_batch_size=40, dwell=dwell)) == [(16, "hold_dwell"), (40, "raised_to_min")]
+    assert outcomes(wishing(16, 16, maximum_batch_size=8, dwell=dwell)) == [(16, "hold_dwell"), (8, "capped_max")]
+    # Where no bound moves it there is nothing to wait for.
+    assert outcomes(wishing(16, minimum_batch_size=8, dwell=dwell)) == [(16, "hold_below_deadband")]
+
+
+def test_a_minimum_above_the_present_batch_is_gone_up_to_by_a_run_that_never_shrinks() -> None:
+    assert outcomes(wishing(4, minimum_batch_size=40, monotone=True)) == [(40, "raised_to_min")]
+    assert outcomes(wishing(10, minimum_batch_size=40, hysteresis=4.0)) == [(40, "raised_to_min")]
+    assert outcomes(wishing(4, minimum_batch_size=8, monotone=True)) == [(16, "hold_monotone")]
+
+
 def test_a_maximum_below_the_present_batch_is_come_down_to_unless_the_batch_never_shrinks() -> None:
     # An operator lowers the maximum of a run at 64.
     def at_64(wish: float, **guards: Any) -> tuple[int, str]:
