@@ -12,8 +12,8 @@ from tests.torchrun import torchrun
 WORKER = Path(__file__).with_name("optimizer_worker.py")
 
 
-def passed(*arguments: str, num_ranks: int) -> set[str]:
-    result = torchrun(WORKER, *arguments, num_ranks=num_ranks, timeout_seconds=280)
+def passed(*arguments: str, num_ranks: int, worker: Path = WORKER) -> set[str]:
+    result = torchrun(worker, *arguments, num_ranks=num_ranks, timeout_seconds=280)
     return {line.removeprefix("PASSED ") for line in result.stdout.splitlines() if line.startswith("PASSED ")}
 
 
@@ -26,6 +26,15 @@ def test_every_layout_steps_as_one_process_does_and_nobody_is_left_waiting(num_r
     expected |= {f"{what}: {layout}" for what in ("failure", "missing gradients") for layout in ("DDP", "FSDP2")}
     expected |= {f"later groups: {name}" for name in ("Shampoo", "EShampoo", "SOAP")}
     assert passed("compare", num_ranks=num_ranks) == expected
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_matrices_that_are_empty_at_rest_or_missing_stop_nobody_alone(num_ranks: int) -> None:
+    expected = {f"empty matrices: {name}" for name in ("Muon", "SinkGD", "Shampoo", "SOAP")}
+    expected |= {f"resting matrices: {name}" for name in ("Shampoo", "EShampoo", "SOAP", "ASGO")}
+    expected |= {f"full state refused: {layout}" for layout in ("DDP", "FSDP2")}
+    assert passed(num_ranks=num_ranks, worker=WORKER.with_name("owner_worker.py")) == expected
 
 
 @pytest.mark.distributed

@@ -54,7 +54,7 @@ class AdamW(TakesHalves, Stepping):
             off for embeddings, as the authors do: many of their rows are seen by one half only.
 
     Raises:
-        InvalidInputError: a setting out of range, or a complex parameter.
+        InvalidInputError: a setting out of range, an eps that is 0 in a parameter's dtype, or a complex parameter.
 
     Bias: E[u] = E[m^] / E[p_s] to second order in the noise of p. But p_s holds the noise of half a batch, twice that
         of a whole one, so that E[p_s] is larger, and u is closer to the step of a noiseless gradient than m^ / p is for
@@ -64,6 +64,9 @@ class AdamW(TakesHalves, Stepping):
 
     averages: ClassVar[tuple[str, ...]] = ("betas",)
     _not_copied: ClassVar[tuple[str, ...]] = ("_halves",)
+    _torch_settings: ClassVar[frozenset[str]] = frozenset(
+        ("amsgrad", "foreach", "capturable", "fused", "decoupled_weight_decay")
+    )
 
     def __init__(
         self,
@@ -88,11 +91,24 @@ class AdamW(TakesHalves, Stepping):
         }
         super().__init__(params, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Refuse the checkpoint of a torch.optim.AdamW that took the maximum of its second moments."""
-        if any(group.get("amsgrad") for group in state["param_groups"]):
-            raise InvalidInputError("AdamW has no amsgrad, got a checkpoint with amsgrad=True; go on with torch's own.")
-        super().__setstate__(state)
+    def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        """Refuse also torch's relatives of AdamW, whose groups may have the same names."""
+        super()._check_checkpoint(state_dict)
+        for group in state_dict["param_groups"]:
+            if group.get("amsgrad"):
+                raise InvalidInputError(
+                    "AdamW has no amsgrad, got a checkpoint with amsgrad=True; go on with torch's own."
+                )
+            if "decay" not in group and "amsgrad" not in group:
+                raise InvalidInputError(
+                    "this checkpoint is not AdamW's: its groups lack amsgrad, as torch's Adamax and RAdam do. Load it "
+                    "into the optimizer that wrote it."
+                )
+            if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
+                raise InvalidInputError(
+                    "this checkpoint is not AdamW's: its groups have decoupled_weight_decay=False, which decays "
+                    f"gradients by weight_decay={group['weight_decay']!r}. Go on with torch's Adam."
+                )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -101,6 +117,12 @@ class AdamW(TakesHalves, Stepping):
         check_settings(kind, beta1=(beta1, 0, 1), beta2=(beta2, 0, 1), eps=(group["eps"], 0, float("inf")))
         if any(parameter.is_complex() for parameter in group["params"]):
             raise InvalidInputError(f"{kind} steps real parameters; give it torch.view_as_real of complex ones.")
+        for dtype in {parameter.dtype for parameter in group["params"]}:
+            if group["eps"] and not torch.tensor(group["eps"], dtype=dtype):
+                raise InvalidInputError(
+                    f"{kind}: eps={group['eps']:g} is 0 in {dtype}, and entries without gradient would become NaN; "
+                    f"give eps={torch.finfo(dtype).tiny:.0e}."
+                )
 
     def _step(self) -> None:
         halves = self._take_halves()

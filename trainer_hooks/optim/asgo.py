@@ -5,7 +5,6 @@ M = rows, N = columns, S = the shorter side, L = the longer one, B = matrices of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +24,7 @@ from trainer_hooks.optim.factors import (
     kept,
     stacked,
     where_finite,
-    with_norm,
+    with_rms,
 )
 from trainer_hooks.optim.matrices import MatrixState
 
@@ -121,4 +120,4 @@ class ASGO(MatrixOptimizer):
             average(kept(states, "momentum", grads_BMN), grads_BMN, beta1)
             momenta_BMN = stacked(states, "momentum")
         updates_BMN = roots_BSS @ momenta_BMN if rows == side else momenta_BMN @ roots_BSS
-        return with_norm(updates_BMN, 0.2 * math.sqrt(rows * columns))
+        return with_rms(updates_BMN, 0.2)

@@ -22,15 +22,12 @@ from torch.distributed.tensor import DTensor
 from gns_controller.core.errors import GeometryError, InvalidInputError
 from trainer_hooks.optim.decay import blocks_of, descend, gradient_of, refuse_sharded
 from trainer_hooks.optim.exchange import Exchange, layout_key
-from trainer_hooks.optim.matrices import MatrixState, is_blank, is_share_of_others, matrices_of
+from trainer_hooks.optim.matrices import CUTS, OWNED, MatrixState, is_of_owner, lacks_matrices, matrices_of
 from trainer_hooks.optim.stepping import Stepping
 from trainer_hooks.optim.transfer import power_iterations, spectrally_normalized
 
 _MAX_BATCH_NUMEL = 2**25
 """Entries of one batch of matrices: bounds what an update takes besides the state."""
-
-_SCHEDULERS_SETTINGS = {"initial_lr", "peak_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
-"""What others write into groups."""
 
 
 class _Member(NamedTuple):
@@ -48,7 +45,7 @@ class _Item(NamedTuple):
 
 
 class MatrixOptimizer(Stepping):
-    """Base of optimizers whose update of a matrix needs the whole matrix.
+    """Base of optimizers whose update of a matrix needs the whole matrix. One without entries gets no update.
 
     Args:
         params: parameters or groups. A group may say split_sizes, num_heads and batched (see matrices_of), and where
@@ -74,7 +71,6 @@ class MatrixOptimizer(Stepping):
         self._process_group = process_group
         self._exchanges: list[tuple[Exchange, list[_Member]]] = []
         self._loaded = False
-        self._incomplete: set[Tensor] = set()
         defaults = {"split_sizes": None, "num_heads": None, "batched": False, **defaults}
         super().__init__(params, defaults)
 
@@ -186,6 +182,7 @@ class MatrixOptimizer(Stepping):
                 exchange = Exchange([member.parameter for member in portion], costs, self._process_group)
                 self._exchanges.append((exchange, portion))
         if self._loaded and self.owns_state:
+            self._check_owned()
             self._forget_what_others_own()
         self._loaded = False
         return self._exchanges
@@ -197,7 +194,7 @@ class MatrixOptimizer(Stepping):
         portions: list[list[_Member]] = []
         room = 0
         for member in sorted(members, key=lambda member: tuple(member.parameter.shape)):
-            if member.parameter.numel() > room:
+            if not portions or member.parameter.numel() > room:
                 portions.append([])
                 room = max(_MAX_BATCH_NUMEL, member.parameter.numel())
             portions[-1].append(member)
@@ -228,13 +225,15 @@ class MatrixOptimizer(Stepping):
             group = self.param_groups[number]
             state, step = self.state[parameter], 0
             if self.owns_state:
-                self._check_loaded(parameter)
                 step = int(state["step"])
+                if step <= 2 or OWNED not in state:
+                    state[OWNED] = torch.tensor(float(step > 1))
             pieces = self._pieces(matrix.contiguous(), group)
             targets = self._pieces(result, group)
             for place, (piece, target) in enumerate(zip(pieces, targets, strict=True)):
-                key = (number, step, tuple(piece.shape))
-                batches.setdefault(key, []).append(_Item(piece, MatrixState(state, place), target))
+                if piece.numel():
+                    key = (number, step, tuple(piece.shape))
+                    batches.setdefault(key, []).append(_Item(piece, MatrixState(state, place), target))
         for (number, step, shape), items in batches.items():
             at_once = max(_MAX_BATCH_NUMEL // math.prod(shape), 1)
             for start in range(0, len(items), at_once):
@@ -261,13 +260,26 @@ class MatrixOptimizer(Stepping):
                     state.setdefault("step", torch.tensor(0.0))
                     state["step"] += 1
 
-    def _check_loaded(self, parameter: Tensor) -> None:
-        """Whether the owner of a matrix has what a checkpoint should have brought."""
-        if parameter in self._incomplete:
+    def _check_owned(self) -> None:
+        """Whether what was loaded has the matrices that this rank owns. Every rank is told what any of them lacks.
+
+        Raises:
+            InvalidInputError: it has not.
+        """
+        owned = [
+            member.parameter
+            for exchange, members in self._exchanges
+            for index, member in enumerate(members)
+            if exchange.is_mine(index)
+        ]
+        lacking = next((tuple(p.shape) for p in owned if lacks_matrices(self.state.get(p, {}))), None)
+        found = [shape for exchange, _ in self._exchanges for shape in exchange.gather_objects(lacking) if shape]
+        if found:
             raise InvalidInputError(
-                f"the checkpoint has no {type(self).__name__} state for a parameter of shape {tuple(parameter.shape)}: "
-                "each rank holds only the matrices it owns. Save with torch.distributed.checkpoint on every rank, or "
-                "save consolidated_state_dict()."
+                f"the checkpoint has no {type(self).__name__} state for a parameter of shape {found[0]}: each rank "
+                "holds only the matrices it owns, and full_state_dict=True or torch.save keep those of one rank. Save "
+                "with torch.distributed.checkpoint on every rank, without full_state_dict, or save "
+                "consolidated_state_dict()."
             )
 
     def _forget_what_others_own(self) -> None:
@@ -310,51 +322,44 @@ class MatrixOptimizer(Stepping):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load, keeping the dtype that each buffer was saved in: factors stay float32 beside bfloat16 parameters.
+        """Load, on every rank: what lies beside parameters in their dtype, owners' matrices in float32 or better.
 
         Raises:
-            InvalidInputError: the checkpoint is another optimizer's, or lacks every matrix that this rank owns.
+            InvalidInputError: the checkpoint is another optimizer's, or its parameters were cut into other matrices. If
+                it lacks what a rank owns, the next step raises, on every rank.
         """
-        self._check_kind(state_dict)
         super().load_state_dict(state_dict)
-        self._loaded = True
         for group, packed in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, number in zip(group["params"], packed["params"], strict=True):
                 for name, saved in state_dict["state"].get(number, {}).items():
-                    kept = self.state[parameter][name]
-                    if isinstance(saved, Tensor) and kept.dtype != saved.dtype:
-                        self.state[parameter][name] = saved.detach().to(device=kept.device, copy=True)
-        if self.owns_state:
-            self._check_owned()
+                    if is_of_owner(name) and isinstance(saved, Tensor):
+                        wide = torch.promote_types(parameter.dtype, torch.float32)
+                        dtype = wide if saved.is_floating_point() else saved.dtype
+                        self.state[parameter][name] = saved.detach().to(parameter.device, dtype, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a copy's or a checkpoint's. A copy has no process group, and lacks what other ranks own."""
         super().__setstate__(state)
         vars(self).setdefault("_exchanges", [])
         vars(self).setdefault("_process_group", None)
-        if self.owns_state:
-            self._incomplete = {parameter for parameter, found in self.state.items() if is_share_of_others(found)}
+        self._loaded = True
 
-    def _check_kind(self, state_dict: dict[str, Any]) -> None:
-        known = {name for group in self.param_groups for name in group} | _SCHEDULERS_SETTINGS
-        for group in state_dict["param_groups"]:
-            strangers = sorted(group.keys() - known)
-            if strangers:
-                raise InvalidInputError(
-                    f"this checkpoint is not {type(self).__name__}'s: its groups hold {', '.join(strangers)}."
-                )
+    def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        """Refuse also parameters that were cut into other matrices: the checkpoint's state is of those."""
+        super()._check_checkpoint(state_dict)
+        for number, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
+            for name in CUTS:
+                here, there = (_plain(settings.get(name)) for settings in (group, saved))
+                if name in saved and here != there:
+                    raise InvalidInputError(
+                        f"group {number} was built with {name}={here!r}, and the checkpoint has {name}={there!r}; "
+                        "build the groups as they were when it was saved."
+                    )
 
-    def _check_owned(self) -> None:
-        """A full state dict of rank 0 brings zeros for what others owned; torch fills them in without a word."""
-        for exchange, members in self._exchanges:
-            owned = [member.parameter for index, member in enumerate(members) if exchange.is_mine(index)]
-            states = [self.state[parameter] for parameter in owned if self.state.get(parameter)]
-            if states and all(state.get("step", 0) > 1 and is_blank(state) for state in states):
-                raise InvalidInputError(
-                    f"the checkpoint has nothing of the {len(states)} matrices that this rank owns: "
-                    f"full_state_dict=True saves rank 0's share of {type(self).__name__}. Save with "
-                    "torch.distributed.checkpoint without it, or save consolidated_state_dict()."
-                )
+
+def _plain(setting: Any) -> Any:
+    """Sizes as a list, as checkpoints may bring them back."""
+    return list(setting) if isinstance(setting, Sequence) else setting
 
 
 def _normalized(updates_BMN: Tensor, states: Sequence[MatrixState], step: int) -> Tensor:

@@ -115,7 +115,7 @@ class Exchange:
         for indexes in by_shape.values():
             for index in indexes:
                 size = prod(self._shapes[index]) * self._dtype.itemsize
-                if size > room:
+                if not buckets or size > room:
                     buckets.append([])
                     room = max(size, _BUCKET_BYTES * self.replicas.size * self.shards.size)
                 buckets[-1].append(index)

@@ -19,6 +19,7 @@ from trainer_hooks.kernels.symmetric import gram, in_blocks
 from trainer_hooks.optim.base import MatrixOptimizer
 from trainer_hooks.optim.decay import check_settings
 from trainer_hooks.optim.matrices import MatrixState
+from trainer_hooks.optim.norms import safe_rms
 
 _DECOMPOSITION = 10.0
 """Cost of one eigendecomposition over that of one product of the same side. 6 on a core of a CPU, more on a GPU."""
@@ -108,10 +109,10 @@ def correction(beta: float, step: int) -> float:
     return 1.0 if beta == 1 else 1 - beta**step
 
 
-def with_norm(updates_BMN: Tensor, norm: Tensor | float) -> Tensor:
-    """Updates of this Frobenius norm; zero stays zero."""
-    norm_B11 = torch.linalg.matrix_norm(updates_BMN, keepdim=True)
-    return updates_BMN * torch.where(norm_B11 > 0, norm / norm_B11, 0)
+def with_rms(updates_BMN: Tensor, rms: Tensor | float) -> Tensor:
+    """Updates of this root mean square; zero stays zero."""
+    present_B11 = safe_rms(updates_BMN, dim=(1, 2))
+    return updates_BMN / torch.where(present_B11 == 0, 1, present_B11) * rms
 
 
 def in_working_dtype(matrices: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ def average_grams(factors: list[Tensor], matrices_BSL: Tensor, beta: float, *, s
 def inverse_roots(
     factors_BSS: Tensor, *, exponent: float, epsilon: float, relative: bool, method: InverseRootMethod
 ) -> Tensor:
-    """(A + e I)^(-exponent), or its pseudo-inverse without epsilon, by eigenvalues: NaN where there is none.
+    """(A + e I)^(-exponent), or its pseudo-inverse without epsilon, by eigenvalues: NaN where there is none, or A is 0.
 
     Args:
         factors_BSS: symmetric, positive semidefinite.
@@ -196,13 +197,18 @@ def corrected_inverse_roots(
 
 
 def _damped_eigenvalues(factors_BSS: Tensor, *, epsilon: float, relative: bool) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, damped, or infinite where they are rounding and nothing damps them, and their vectors."""
+    """Eigenvalues, damped, or infinite where they are rounding and nothing damps them, and their vectors.
+
+    Without damping all those of a zero matrix are NaN: it knows nothing of the gradient, and its pseudo-inverse, zero,
+    would stop every update.
+    """
     values_BS, bases_BSS = eigenvalues_and_basis(factors_BSS)
     largest_B1 = values_BS[:, -1:]
     if epsilon > 0:
         return values_BS.clamp_min(0) + (epsilon * largest_B1 if relative else epsilon), bases_BSS
     rounding = torch.finfo(factors_BSS.dtype).eps * values_BS.shape[-1]
-    return torch.where(values_BS <= rounding * largest_B1, torch.inf, values_BS), bases_BSS
+    values_BS = torch.where(values_BS <= rounding * largest_B1, torch.inf, values_BS)
+    return torch.where(largest_B1 > 0, values_BS, torch.nan), bases_BSS
 
 
 def _between_bases(bases_BSS: Tensor, values_BS: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,6 @@ from torch import nn
 
 from gns_controller.core.contract import Geometry
 from gns_controller.core.errors import GeometryError, InvalidInputError
-from trainer_hooks.geometries_of import geometry_of
 from trainer_hooks.optim.matrices import matrices_of
 from trainer_hooks.optim.roles import (
     MATRIX_ROLES,
@@ -25,8 +24,7 @@ from trainer_hooks.optim.roles import (
     numbered,
     overruled,
 )
-from trainer_hooks.optim.rules import own_rule
-from trainer_hooks.optim.scales import Scale
+from trainer_hooks.optim.takers import OptimizerToBe
 from trainer_hooks.optim.transfer import (
     BaseOfParameter,
     TransferRule,
@@ -127,8 +125,8 @@ def parameter_groups(
         head: optimizer of the output layer, with settings; default: the fallback.
         embedding: optimizer of embeddings and tied weights, with settings; default: the fallback.
         roles: regular expression -> role, or the optimizer that shall have it. The first one found in a name counts.
-        fused: regular expression -> rows of each fused matrix, as (q_rows, k_rows, v_rows). Needed where heads are
-            grouped; equal thirds are found.
+        fused: regular expression -> rows of each fused matrix, as (q_rows, k_rows, v_rows), one after the other. Needed
+            where heads are grouped; equal thirds are found.
         num_heads: regular expression -> number of (query) heads that are orthogonalized one by one.
         no_decay: roles without weight decay.
         base_shapes: shapes of the model that the settings were tuned on, or that model: learning rates, weight decay
@@ -149,7 +147,7 @@ def parameter_groups(
     if unknown:
         raise InvalidInputError(f"no_decay: roles {unknown} do not exist; there are {', '.join(get_args(Role))}.")
     heads = match(num_heads or {}, [row.name for row in rows], what="num_heads")
-    takers = {key: _Optimizer(taker[0], dict(taker[1] or {})) for key, taker in asked.items() if taker}
+    takers = {key: OptimizerToBe(taker[0], dict(taker[1] or {})) for key, taker in asked.items() if taker}
     takers["hidden"].process_group = process_group
     _check_wanted(rows, takers, splits={"fused": fused, "num_heads": num_heads})
     if transfer is not None and base_shapes is None:
@@ -175,77 +173,6 @@ def parameter_groups(
     return ParameterGroups(optimizers, tuple(account))
 
 
-@dataclass
-class _Optimizer:
-    """One optimizer to be, and its parameter groups so far."""
-
-    kind: type[torch.optim.Optimizer]
-    options: dict[str, Any]
-    process_group: dist.ProcessGroup | None = None
-    settings: dict[str, Any] = field(init=False)
-    param_groups: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        try:
-            self.settings = self.kind([nn.Parameter(torch.zeros(2, 2))], **self.options).defaults
-        except GeometryError:  # Scion's norm for vectors takes nothing else
-            self.settings = self.kind([nn.Parameter(torch.zeros(2))], **self.options).defaults
-
-    @property
-    def name(self) -> str:
-        return self.kind.__name__
-
-    @property
-    def geometry(self) -> Geometry | None:
-        return geometry_of(self.name, self.settings)
-
-    @property
-    def is_elementwise(self) -> bool:
-        if "norm" in self.settings:  # Scion
-            return self.settings["norm"] in ("sign", "bias_rms")
-        return self.geometry in ("sign", "euclidean")
-
-    @property
-    def splits(self) -> bool:
-        """Whether its groups know of fused projections, heads and stacks."""
-        return "split_sizes" in self.settings
-
-    @property
-    def scale(self) -> Scale:
-        """The factor that it puts on its updates itself, torch's Muon under another name."""
-        if "adjust_lr_fn" in self.settings:
-            return "rms_match" if self.settings["adjust_lr_fn"] == "match_rms_adamw" else "shape"
-        if "norm" in self.settings:  # Scion, whose scale is a radius
-            return "spectral" if self.settings["norm"] == "spectral" else "none"
-        return cast(Scale, self.settings.get("scale", "none"))
-
-    def rule(self, rules: Mapping[str, TransferRule]) -> TransferRule:
-        """By which its rate and its decay follow the width."""
-        if self.name not in rules and self.settings.get("spectral_normalization"):
-            return TransferRule("spectral")
-        found = self._own_rule(rules)
-        if found is None:
-            raise InvalidInputError(
-                f"no rule is known by which settings of this {self.name} follow the width; pass "
-                f"transfer={{{self.name!r}: TransferRule(...)}}, or leave out base_shapes."
-            )
-        return found
-
-    def epsilon_rule(self, rules: Mapping[str, TransferRule]) -> TransferRule:
-        """By which its epsilon does: it is beside squared gradients, whatever the update's norm is made."""
-        return self._own_rule(rules) or TransferRule("spectral")
-
-    def _own_rule(self, rules: Mapping[str, TransferRule]) -> TransferRule | None:
-        return rules[self.name] if self.name in rules else own_rule(self.name, self.settings, scale=self.scale)
-
-    def built(self) -> torch.optim.Optimizer:
-        shared: dict[str, Any] = {} if self.process_group is None else {"process_group": self.process_group}
-        if not shared.keys() <= inspect.signature(self.kind).parameters.keys():
-            raise InvalidInputError(f"{self.name} divides no work between ranks; leave out process_group.")
-        groups = [{"params": parameters, **dict(keys)} for keys, parameters in self.param_groups.items()]
-        return self.kind(groups, **self.options, **shared)
-
-
 def _check_asked(model: object, asked: Mapping[str, object]) -> None:
     """Whether the model is one and optimizers are classes."""
     if not isinstance(model, nn.Module):
@@ -263,7 +190,7 @@ def _check_asked(model: object, asked: Mapping[str, object]) -> None:
 
 
 def _check_wanted(
-    rows: Sequence[RoleOfParameter], takers: Mapping[str, _Optimizer], *, splits: Mapping[str, object]
+    rows: Sequence[RoleOfParameter], takers: Mapping[str, OptimizerToBe], *, splits: Mapping[str, object]
 ) -> None:
     """Whether what the caller asked for by name can be had."""
     name, is_deaf = takers["hidden"].name, not takers["hidden"].splits and not takers["hidden"].is_elementwise
@@ -277,32 +204,38 @@ def _check_wanted(
             )
 
 
-def _taker_of(role: Role, word: str | None, takers: Mapping[str, _Optimizer]) -> str:
+def _taker_of(role: Role, word: str | None, takers: Mapping[str, OptimizerToBe]) -> str:
     if word in ("hidden", "fallback"):
         return word
     key = "hidden" if role in MATRIX_ROLES else "embedding" if role == "tied" else role
     return key if key in takers else "fallback"
 
 
-def _structure(row: RoleOfParameter, taker: _Optimizer, *, num_heads: int | None, keeps_whole: bool) -> dict[str, Any]:
+def _structure(
+    row: RoleOfParameter, taker: OptimizerToBe, *, num_heads: int | None, keeps_whole: bool
+) -> dict[str, Any]:
     """Group keys that say which matrices a parameter holds. To an optimizer of single entries it is all the same."""
     if taker.is_elementwise or not row.parameter.requires_grad:
         return {}
     is_stack = row.role == "expert" and row.parameter.ndim > 2
+    is_fused = (row.role == "qkv" or row.split_sizes is not None) and not keeps_whole
     if not taker.splits:
-        if is_stack and taker.geometry == "spectral":
+        if (is_stack or is_fused) and taker.geometry == "spectral":
+            way_out = "'linear'} to take it as one" if is_fused else "'fallback'}"
             raise GeometryError(
-                f"{taker.name} takes one matrix per parameter, and this is a stack of several. Use an optimizer of "
-                "trainer_hooks.optim, or roles={pattern: 'fallback'}."
+                f"{taker.name} takes one matrix per parameter, and this is several in one. Use an optimizer of "
+                f"trainer_hooks.optim, or roles={{pattern: {way_out}."
             )
         return {}
     keys: dict[str, Any] = {}
-    if row.role == "qkv" and not keeps_whole:
+    if is_fused:
         if row.split_sizes is None:
             raise InvalidInputError(
-                f"its name says that it is fused, and {row.parameter.shape[0]} rows are not three times "
-                f"{row.parameter.shape[1]} columns. Pass fused={{pattern: (q_rows, k_rows, v_rows)}}, or "
-                "roles={pattern: 'linear'} to take it as one matrix."
+                f"it counts as a fused projection, and its {row.parameter.shape[0]} rows of "
+                f"{row.parameter.shape[1]} columns do not say where q, k and v are. If they follow one another, pass "
+                "fused={pattern: (q_rows, k_rows, v_rows)}; if every head has its q, k and v in turn, "
+                "roles={pattern: 'linear'} and num_heads={pattern: 3 * heads}; roles={pattern: 'linear'} alone takes "
+                "it as one matrix, and 'fallback' is for weights that are stored (in, out)."
             )
         keys["split_sizes"] = row.split_sizes
     if num_heads:
@@ -314,7 +247,7 @@ def _structure(row: RoleOfParameter, taker: _Optimizer, *, num_heads: int | None
 
 def _multipliers(
     row: RoleOfParameter,
-    taker: _Optimizer,
+    taker: OptimizerToBe,
     base: BaseOfParameter | None,
     keys: Mapping[str, Any],
     rules: Mapping[str, TransferRule],
@@ -365,7 +298,7 @@ def _pieces(
 
 def _assigned(
     row: RoleOfParameter,
-    taker: _Optimizer,
+    taker: OptimizerToBe,
     keys: dict[str, Any],
     base: BaseOfParameter | None,
     rules: Mapping[str, TransferRule],

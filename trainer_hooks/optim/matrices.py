@@ -13,8 +13,10 @@ from torch import Tensor
 
 from gns_controller.core.errors import GeometryError
 
-_BLANK_AT_FIRST = ("left", "right", "factor", "momentum", "second_moment")
-"""Averages, which no gradient leaves at zero."""
+CUTS = ("split_sizes", "num_heads", "batched")
+"""Group settings that say which matrices a parameter is cut into."""
+OWNED = "owned"
+"""Entry of a parameter's state on the owner of its matrices: 0 after the first step, 1 from the second on."""
 
 
 def matrices_of(whole: Tensor, group: Mapping[str, Any], *, block_size: int | None = None) -> list[Tensor]:
@@ -89,16 +91,16 @@ class MatrixState(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
 
-def is_share_of_others(state: Mapping[str, Any]) -> bool:
-    """Whether a parameter was stepped, and nothing but the count is there."""
-    return state.keys() == {"step"} and bool(state["step"] > 0)
+def is_of_owner(name: str) -> bool:
+    """Whether an entry of a parameter's state is kept by the owner of its matrices alone."""
+    return name == OWNED or "." in name
 
 
-def is_blank(state: Mapping[str, Any]) -> bool:
-    """Whether every buffer is as the first step makes it: zero, or an identity or a start of its own."""
-    buffers = [
-        value
-        for name, value in state.items()
-        if isinstance(value, Tensor) and name.partition(".")[0] in _BLANK_AT_FIRST
-    ]
-    return bool(buffers) and not any(bool(buffer.any()) for buffer in buffers)
+def lacks_matrices(state: Mapping[str, Any]) -> bool:
+    """Whether a parameter was stepped, and its owner's share is missing or that of torch's initialising step.
+
+    A full state dict of one rank brings the other ranks counts only, beside which torch leaves what that first step
+    made. Checkpoints without `owned`, from before there was one, are taken as they are.
+    """
+    stepped = float(state.get("step", 0))
+    return (state.keys() == {"step"} and stepped > 0) or (stepped > 1 and not state.get(OWNED, 1))

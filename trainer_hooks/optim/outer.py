@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
 
@@ -16,8 +16,8 @@ from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.optim.chunks import chunks_of
 from trainer_hooks.optim.decay import blocks_of, check_settings, refuse_sharded, state_block
 
-_OUTER = ("outer_slow", "outer_momentum")
-_NUM_STEPS = "outer_num_steps"
+_BUFFERS = ("outer_slow", "outer_momentum")
+_COUNTS = ("outer_num_steps", "outer_interval")
 _SETTINGS = ("interval", "lr", "momentum", "batch_exponent")
 _OF_THE_INNER_ONE = ("averages", "owns_state", "supply_halves", "wants_halves")
 
@@ -31,7 +31,8 @@ class SNOO(torch.optim.Optimizer):
 
     momentum=0 is Lookahead. Groups are those of the inner optimizer, so schedulers and whoever writes group["lr"] act
     on inner steps; so do weight decay and clipping. Gradients are never written. Several inner optimizers (Muon and
-    AdamW) get one wrapper each, with the same interval, and are then at a boundary at the same steps.
+    AdamW) get one wrapper each, with the same interval, and are then at a boundary at the same steps. A first step at
+    rate 0, which moves nothing, is not counted; a session counts it.
 
     Args:
         optimizer: the inner one, of any kind. Its parameters may be DTensors.
@@ -61,8 +62,10 @@ class SNOO(torch.optim.Optimizer):
         batch_exponent: float = 0.0,
     ) -> None:
         kind, infinity = type(self).__name__, float("inf")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise InvalidInputError(f"{kind} wraps an optimizer that is built, as {kind}(Muon(matrices)).")
+        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, SNOO):
+            raise InvalidInputError(
+                f"{kind} wraps an optimizer that is built, and no outer one, as {kind}(Muon(matrices))."
+            )
         if not isinstance(interval, int) or isinstance(interval, bool):
             raise InvalidInputError(f"{kind} needs a whole number of steps, got interval={interval!r}.")
         check_settings(kind, interval=(interval, 1, infinity), momentum=(momentum, 0, 1))
@@ -71,7 +74,8 @@ class SNOO(torch.optim.Optimizer):
         self._num_steps = 0
         self._is_swapped = False
         # Groups are the inner optimizer's, so torch's constructor, which makes its own, is not called.
-        self.__setstate__({"inner": optimizer, "defaults": dict(optimizer.defaults), "state": defaultdict(dict)})
+        self.__setstate__({"inner": optimizer, "defaults": dict(optimizer.defaults), "_outer": defaultdict(dict)})
+        self._complete()
 
     def __getattr__(self, name: str) -> Any:
         """What batch coupling and hooks ask for exists here if the inner optimizer has it."""
@@ -84,6 +88,11 @@ class SNOO(torch.optim.Optimizer):
         """The inner optimizer's own."""
         return self.inner.param_groups
 
+    @property
+    def state(self) -> Mapping[Tensor, dict[str, Any]]:  # type: ignore[override]
+        """Of each parameter the inner optimizer's state and the outer one's, as in state_dict. To be read only."""
+        return _Merged(self.inner.state, self._outer, self._counts)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the inner optimizer. Their slow weights begin where they are at the next step."""
         self.inner.add_param_group(param_group)
@@ -95,7 +104,7 @@ class SNOO(torch.optim.Optimizer):
 
     @property
     def num_steps(self) -> int:
-        """Steps since the last boundary: those of the run, modulo interval."""
+        """Steps counted since the last boundary: those of the run, modulo interval."""
         return self._num_steps
 
     @overload
@@ -106,10 +115,12 @@ class SNOO(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One inner step, and after every interval-th one an outer step."""
         self._check_not_swapped("step")
-        makes_state = closure is None and not self.state and self._steps_at_rate_0_on_nothing()
+        # torch.distributed.checkpoint makes state by a step at rate 0 on gradients of zeros. The rates alone decide, as
+        # all ranks have them: in a step of the run, too, one rank's blocks of the gradients may be zeros.
+        is_counted = bool(self._outer) or any(group["lr"] != 0 for group in self.param_groups)
         self._begin()
         loss = self.inner.step(closure)
-        if not makes_state:
+        if is_counted:
             self._count()
         return loss
 
@@ -122,18 +133,20 @@ class SNOO(torch.optim.Optimizer):
 
     def _begin(self) -> None:
         for parameter in self._trained():
-            state = self.state[parameter]
+            state = self._outer[parameter]
             if "outer_slow" not in state:
                 state["outer_slow"] = parameter.detach().clone()
-                if self.momentum:  # now, not at the boundary: a distributed checkpoint loads into what is there
-                    state_block(state, "outer_momentum", parameter)
+            if self.momentum:  # now, not at the boundary: a distributed checkpoint loads into what is there
+                state_block(state, "outer_momentum", parameter)
+        if self.at_boundary:  # weights may have been loaded since the outer step
+            for parameters in chunks_of(self._trained()):
+                torch._foreach_copy_(self._slow(parameters), blocks_of(parameters))
 
-    def _steps_at_rate_0_on_nothing(self) -> bool:
-        """Whether this is the step by which torch.distributed.checkpoint makes state: none of the run's."""
-        if any(group["lr"] != 0 for group in self.param_groups):
-            return False
-        grads = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
-        return bool(grads) and not any(bool(block.any()) for block in blocks_of(grads))
+    @torch.no_grad()
+    def _complete(self) -> None:
+        """Make what a distributed checkpoint loads into, where torch finds state and so makes none."""
+        if self.inner.state:
+            self._begin()
 
     def _count(self) -> None:
         self._num_steps += 1
@@ -147,7 +160,7 @@ class SNOO(torch.optim.Optimizer):
         fast, slow = blocks_of(parameters), self._slow(parameters)
         moves = list(torch._foreach_sub(slow, fast))
         if self.momentum:
-            momenta = [state_block(self.state[parameter], "outer_momentum", parameter) for parameter in parameters]
+            momenta = [state_block(self._outer[parameter], "outer_momentum", parameter) for parameter in parameters]
             torch._foreach_mul_(momenta, self.momentum)
             torch._foreach_add_(momenta, moves)
             torch._foreach_add_(moves, list(torch._foreach_mul(momenta, self.momentum)))
@@ -185,7 +198,9 @@ class SNOO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for parameters in chunks_of([parameter for parameter in self._trained() if parameter in self.state]):
+        if self.at_boundary:
+            return
+        for parameters in chunks_of([parameter for parameter in self._trained() if parameter in self._outer]):
             fast, slow = blocks_of(parameters), self._slow(parameters)
             kept = [block.clone() for block in fast]
             torch._foreach_copy_(fast, slow)
@@ -204,7 +219,7 @@ class SNOO(torch.optim.Optimizer):
             )
         if self.batch_exponent:
             factor = (global_batch_size / previous) ** self.batch_exponent
-            for state in self.state.values():
+            for state in self._outer.values():
                 if "outer_momentum" in state:
                     state["outer_momentum"].mul_(factor)
         react = getattr(self.inner, "on_batch_change", None)
@@ -214,11 +229,11 @@ class SNOO(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle: the inner optimizer whole, then slow weights, momentum and settings."""
         self._check_not_swapped("__getstate__")
-        kept = ("inner", "defaults", "state", "_num_steps", "_is_swapped", *_SETTINGS)
+        kept = ("inner", "defaults", "_outer", "_num_steps", "_is_swapped", *_SETTINGS)
         return {name: self.__dict__[name] for name in kept}
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's, with slow weights and outer momentum beside each parameter's state."""
+        """The inner optimizer's, with slow weights, outer momentum and counts beside each parameter's state."""
         self._check_not_swapped("state_dict")
         return self._with_outer(self.inner.state_dict())
 
@@ -236,34 +251,66 @@ class SNOO(torch.optim.Optimizer):
     def _with_outer(self, found: dict[str, Any]) -> dict[str, Any]:
         states = dict(found["state"])
         for group, packed in zip(self.param_groups, found["param_groups"], strict=True):
-            packed[_NUM_STEPS] = self._num_steps
             for parameter, number in zip(group["params"], packed["params"], strict=True):
-                if parameter in self.state:
-                    states[number] = {**states.get(number, {}), **self.state[parameter]}
+                if parameter in self._outer:
+                    states[number] = {**states.get(number, {}), **self._outer[parameter], **self._counts()}
         return {**found, "state": states}
 
+    def _counts(self) -> dict[str, Tensor]:
+        """Beside each parameter's state, where a flat distributed checkpoint looks, and not in groups."""
+        return dict(zip(_COUNTS, map(torch.tensor, (self._num_steps, self.interval)), strict=True))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load both. A checkpoint of the inner optimizer alone starts at a boundary, from the present weights."""
+        """Load both. A checkpoint of the inner optimizer alone starts at a boundary, from the present weights.
+
+        Raises:
+            InvalidInputError: it was saved between boundaries of another interval, or is not whole. Nothing is loaded.
+        """
         self._check_not_swapped("load_state_dict")
-        groups = [{k: v for k, v in group.items() if k != _NUM_STEPS} for group in state_dict["param_groups"]]
-        states = {
-            number: {name: value for name, value in state.items() if name not in _OUTER}
+        # Of a flat checkpoint torch gives an empty dict for what is not in it.
+        outer = {
+            number: {name: state[name] for name in (*_BUFFERS, *_COUNTS) if isinstance(state.get(name), Tensor)}
             for number, state in state_dict["state"].items()
         }
-        self.inner.load_state_dict(
-            {**state_dict, "state": {n: s for n, s in states.items() if s}, "param_groups": groups}
-        )
-        self._num_steps = max((group.get(_NUM_STEPS, 0) for group in state_dict["param_groups"]), default=0)
-        self.state.clear()
+        num_steps = self._saved_num_steps([saved for saved in outer.values() if "outer_slow" in saved])
+        inner = {
+            number: {name: value for name, value in state.items() if name not in (*_BUFFERS, *_COUNTS)}
+            for number, state in state_dict["state"].items()
+        }
+        self.inner.load_state_dict({**state_dict, "state": {number: state for number, state in inner.items() if state}})
+        self._num_steps = num_steps
+        self._outer.clear()
         for group, packed in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, number in zip(group["params"], packed["params"], strict=True):
-                for name in _OUTER:
-                    saved = state_dict["state"].get(number, {}).get(name)
-                    if saved is not None:
-                        self.state[parameter][name] = saved.detach().to(parameter, copy=True)
+                for name in _BUFFERS:
+                    if name in outer.get(number, {}):
+                        self._outer[parameter][name] = outer[number][name].detach().to(parameter, copy=True)
+        self._complete()
+
+    def _saved_num_steps(self, states: Sequence[Mapping[str, Tensor]]) -> int:
+        kind = type(self).__name__
+        missing = sorted({name for state in states for name in _COUNTS if name not in state})
+        if missing:
+            raise InvalidInputError(
+                f"the checkpoint has {kind}'s slow weights and no {' and no '.join(missing)}; load a whole state_dict."
+            )
+        counts = sorted({(int(state["outer_num_steps"]), int(state["outer_interval"])) for state in states})
+        if len(counts) > 1:
+            told = " and ".join(f"{num_steps} of {interval} steps" for num_steps, interval in counts)
+            raise InvalidInputError(
+                f"the checkpoint's parameters have counted {told} since a boundary, and those of one {kind} count "
+                "alike; give each its own optimizer's."
+            )
+        num_steps, interval = counts[0] if counts else (0, self.interval)
+        if num_steps and interval != self.interval:
+            raise InvalidInputError(
+                f"the checkpoint was saved {num_steps} steps after a boundary of interval={interval}, and this {kind} "
+                f"has interval={self.interval}: build it with interval={interval}, or take a checkpoint of a boundary."
+            )
+        return num_steps
 
     def _slow(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        return [state_block(self.state[parameter], "outer_slow", parameter) for parameter in parameters]
+        return [state_block(self._outer[parameter], "outer_slow", parameter) for parameter in parameters]
 
     def _trained(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"] if parameter.requires_grad]
@@ -274,6 +321,33 @@ class SNOO(torch.optim.Optimizer):
                 f"{type(self).__name__}.{what} was called while its slow weights are in the parameters; leave "
                 "slow_weights() first."
             )
+
+
+class _Merged(Mapping[Tensor, dict[str, Any]]):
+    """States of the inner and the outer optimizer, merged when looked up. Without any: an empty dict, as torch's."""
+
+    def __init__(
+        self,
+        inner: Mapping[Tensor, dict[str, Any]],
+        outer: Mapping[Tensor, dict[str, Any]],
+        counts: Callable[[], dict[str, Tensor]],
+    ) -> None:
+        self._inner, self._outer, self._counts = inner, outer, counts
+
+    def __getitem__(self, parameter: Tensor) -> dict[str, Any]:
+        found = dict(self._inner.get(parameter, {}))
+        if parameter in self._outer:
+            found.update({**self._outer[parameter], **self._counts()})
+        return found
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self._inner or parameter in self._outer
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter({**self._inner, **self._outer})
+
+    def __len__(self) -> int:
+        return len({**self._inner, **self._outer})
 
 
 def _reshard(modules: Sequence[nn.Module]) -> None:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import is_lazy
 
 from gns_controller.core.errors import InvalidInputError
+from trainer_hooks.optim.places import Place, places_of
 
 Role = Literal[
     "linear",
@@ -42,11 +41,14 @@ MATRIX_ROLES: tuple[Role, ...] = ("linear", "qkv", "conv", "expert", "matrix")
 
 _Word = TypeVar("_Word")
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_FUSED = re.compile(r"(to_)?w?qkv(_proj)?|c_attn|query_key_value|in_proj", re.IGNORECASE)
-_HEAD = re.compile(r"lm_head|heads?|output|unembed\w*|classifier|fc")
+_EMBEDDING_CLASS = re.compile(r"Embeddings?(Bag)?$")
+_BY_HEADS = re.compile(r"query_key_value|linear_qkv", re.IGNORECASE)
+_FUSED = re.compile(rf"(to_)?(w_?)?qkv(_proj)?|c_attn|in_proj|{_BY_HEADS.pattern}", re.IGNORECASE)
+_GATES = {(nn.LSTM, nn.LSTMCell): 4, (nn.GRU, nn.GRUCell): 3}
+_GATED = re.compile(r"weight_[ih]h")
+_HEAD = re.compile(r"lm_head|heads?|output|unembed\w*|embed_out|classifier|fc")
 _BIAS = re.compile(r"(^|_)bias(es)?($|_)")
 _EMBEDDED = re.compile(r"(^|_)(wpe|wte|pos|positions?|positional|embed\w*|emb|tokens?)(_|$)")
 
@@ -63,19 +65,6 @@ class RoleOfParameter:
     """Rows of each matrix that a fused one is made of; None if it is one matrix, or nobody knows."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """Where a parameter hangs in the module tree; a tied one hangs in several places."""
-
-    path: tuple[str, ...]
-    module: nn.Module
-    local: str
-
-    @property
-    def name(self) -> str:
-        return ".".join((*self.path, self.local))
-
-
 def find_roles(model: nn.Module, *, fused: Mapping[str, Sequence[int]] | None = None) -> tuple[RoleOfParameter, ...]:
     """Give every parameter of a model its role, frozen ones too, each once and in the order of named_parameters.
 
@@ -88,7 +77,7 @@ def find_roles(model: nn.Module, *, fused: Mapping[str, Sequence[int]] | None = 
         InvalidInputError: an expression that matches no parameter, sizes that do not add up to the rows, or a parameter
             without a shape yet.
     """
-    places = _places(model)
+    places = places_of(model)
     heads = _heads(places)
     matrices = [found[0].name for parameter, found in places.items() if parameter.ndim > 1]
     sizes = match(fused or {}, matrices, what="fused")
@@ -96,7 +85,7 @@ def find_roles(model: nn.Module, *, fused: Mapping[str, Sequence[int]] | None = 
     for parameter, found in places.items():
         name = found[0].name
         role = _role(parameter, found, heads)
-        split = _thirds(found[0], parameter) if role == "qkv" else None
+        split = _split(found[0], parameter) if role in ("qkv", "matrix", "expert") and parameter.ndim == 2 else None
         if name in sizes:
             role, split = "qkv", _checked_split(name, tuple(parameter.shape), sizes[name])
         rows.append(RoleOfParameter(name, role, parameter, split))
@@ -210,56 +199,25 @@ def folded_names(names: Sequence[str]) -> list[str]:
     return [place]
 
 
-def _places(model: nn.Module) -> dict[nn.Parameter, list[_Place]]:
-    places: dict[nn.Parameter, list[_Place]] = {}
-    for path, module in _modules(model, (), frozenset()):
-        for local, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            place = _Place(path, module, local)
-            if is_lazy(parameter):
-                raise InvalidInputError(f"{place.name} has no shape yet: run the model on one batch first.")
-            places.setdefault(parameter, []).append(place)
-    return places
-
-
-def _modules(
-    module: nn.Module, path: tuple[str, ...], above: frozenset[int]
-) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
-    """Every module at every place it hangs, wrappers left out of the path."""
-    yield path, module
-    for name, child in module._modules.items():
-        if child is None or id(child) in above:
-            continue
-        is_wrapper = name in _WRAPPERS or (
-            name == "module" and isinstance(module, DataParallel | DistributedDataParallel)
-        )
-        yield from _modules(child, path if is_wrapper else (*path, name), above | {id(module)})
-
-
-def _heads(places: Mapping[nn.Parameter, Sequence[_Place]]) -> set[int]:
-    """Ids of the Linear modules that give the model's output: by a name at the top, else by an embedding's shape."""
-    found = [place for hanging in places.values() for place in hanging]
-    shared = _common_prefix([place.path for place in found])
-    linears = [place for place in found if isinstance(place.module, nn.Linear) and place.local == "weight"]
-    at_top: dict[str, int] = {}
-    for place in linears:
-        below = place.path[shared:]
-        if below and _HEAD.fullmatch(below[0]):
-            at_top[below[0]] = id(place.module)
+def _heads(places: Mapping[nn.Parameter, Sequence[Place]]) -> set[nn.Parameter]:
+    """The matrices that give the model's output: by a name at the top, else by an embedding's shape."""
+    found = [(place, parameter) for parameter, hanging in places.items() for place in hanging]
+    shared = _common_prefix([place.words for place, _ in found])
+    matrices = [(place, parameter) for place, parameter in found if parameter.ndim == 2]
+    others = [(place, parameter) for place, parameter in matrices if not _is_embedding(place, parameter)]
+    at_top: dict[str, nn.Parameter] = {}
+    for place, parameter in others:
+        below = place.words[shared:]
+        if below and _HEAD.fullmatch(below[0]) and (place.local == "weight" or len(below) == 1):
+            at_top[below[0]] = parameter
     if at_top:
         return set(at_top.values())
-    sizes = {_shape_of_weight(place) for place in found if isinstance(place.module, _EMBEDDINGS)}
-    fitting = [place for place in linears if _shape_of_weight(place) in sizes]
-    outside = [place for place in fitting if not any(part.isdigit() for part in place.path)]
-    last = [place for place in fitting if place is linears[-1]]
-    return {id(place.module) for place in outside[-1:] or last}
-
-
-def _shape_of_weight(place: _Place) -> tuple[int, ...]:
-    parameter = place.module._parameters[place.local]
-    assert parameter is not None
-    return tuple(parameter.shape)
+    shapes = {tuple(parameter.shape) for place, parameter in matrices if _is_embedding(place, parameter)}
+    weights = [(place, parameter) for place, parameter in others if place.local == "weight"]
+    fitting = [(place, parameter) for place, parameter in weights if tuple(parameter.shape) in shapes]
+    outside = [parameter for place, parameter in fitting if not any(part.isdigit() for part in place.path)]
+    last = [parameter for place, parameter in fitting if place is weights[-1][0]]
+    return set(outside[-1:] or last)
 
 
 def _common_prefix(paths: Sequence[tuple[str, ...]]) -> int:
@@ -270,56 +228,84 @@ def _common_prefix(paths: Sequence[tuple[str, ...]]) -> int:
     return shared
 
 
-def _role(parameter: nn.Parameter, places: Sequence[_Place], heads: set[int]) -> Role:
-    embedded = [isinstance(place.module, _EMBEDDINGS) for place in places]
+def _role(parameter: nn.Parameter, places: Sequence[Place], heads: Collection[nn.Parameter]) -> Role:
+    embedded = [_is_embedding(place, parameter) for place in places]
     if any(embedded):
         return "embedding" if all(embedded) else "tied"
     place = places[0]
     module, local = place.module, place.local
-    if isinstance(module, _NORMS) or type(module).__name__.endswith("Norm"):
+    if _is_norm(module):
         return "norm"
     if local != "weight" and _BIAS.search(local) and not _EMBEDDED.search(local):
         return "bias"
-    if isinstance(module, nn.Linear) and local == "weight":
-        if any(id(other.module) in heads for other in places):
-            return "head"
-        if any(a == "experts" and b.isdigit() for a, b in zip(place.path, place.path[1:], strict=False)):
-            return "expert"
-        return "qkv" if _is_fused(place, parameter) else "linear"
     if isinstance(module, nn.MultiheadAttention):
         return "qkv" if local == "in_proj_weight" else "linear"
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+    if isinstance(module, nn.modules.conv._ConvTransposeNd) and local == "weight":
         return "transposed_conv"
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, nn.modules.conv._ConvNd) and local == "weight":
         return "conv" if module.groups == 1 else "grouped_conv"
-    return _role_of_bare(local, tuple(parameter.shape))
-
-
-def _role_of_bare(local: str, shape: tuple[int, ...]) -> Role:
-    num_sides = sum(side != 1 for side in shape)
-    if num_sides < 2:
+    num_sides, is_linear = _num_sides(parameter), _is_linear(place) and parameter.ndim == 2
+    if num_sides < 2 and not is_linear:
         return "vector" if num_sides else "scalar"
-    if _EMBEDDED.search(local):
-        return "embedding"
-    if len(shape) == 2:
-        return "matrix"
-    return "expert" if len(shape) == num_sides == 3 else "tensor"
+    if parameter in heads:
+        return "head"
+    if parameter.ndim != 2:
+        return "expert" if parameter.ndim == num_sides == 3 else "tensor"
+    if _is_fused(place, parameter):
+        return "qkv"
+    if any(a == "experts" and b.isdigit() for a, b in pairwise(place.path)):
+        return "expert"
+    return "linear" if is_linear else "matrix"
 
 
-def _is_fused(place: _Place, parameter: nn.Parameter) -> bool:
-    """in_proj means other things besides (state-space layers): there the shape decides."""
-    name = place.path[-1] if place.path else ""
-    if not _FUSED.fullmatch(name):
+def _num_sides(parameter: nn.Parameter) -> int:
+    return sum(side != 1 for side in parameter.shape)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NORMS) or type(module).__name__.endswith("Norm")
+
+
+def _is_linear(place: Place) -> bool:
+    """Also of classes of the user's own, such as ColumnParallelLinear."""
+    return place.local == "weight" and (isinstance(place.module, nn.Linear) or "Linear" in type(place.module).__name__)
+
+
+def _is_embedding(place: Place, parameter: nn.Parameter) -> bool:
+    """By the class, then by the name of the module or of the bare parameter, if no class says otherwise."""
+    module = place.module
+    if isinstance(module, _EMBEDDINGS):
+        return True
+    is_known = _is_norm(module) or (place.local == "weight" and isinstance(module, nn.modules.conv._ConvNd))
+    if _num_sides(parameter) < 2 or is_known or _is_linear(place):
         return False
-    return name.lower() != "in_proj" or _thirds(place, parameter) is not None
+    if place.local == "weight" and _EMBEDDING_CLASS.search(type(module).__name__):
+        return True
+    return bool(_EMBEDDED.search(place.noun)) and not _HEAD.fullmatch(place.noun)
 
 
-def _thirds(place: _Place, parameter: nn.Parameter) -> tuple[int, ...] | None:
-    """Equal parts if the rows are three times the columns. Else heads may be grouped, and only the caller knows."""
+def _is_fused(place: Place, parameter: nn.Parameter) -> bool:
+    """in_proj means other things besides (state-space layers), and a list may hold q, k and v: there the shape says."""
+    if not _FUSED.fullmatch(place.noun):
+        return False
+    is_sure = place.noun == place.words[-1] and place.noun.lower() != "in_proj"
+    return is_sure or _split(place, parameter) is not None
+
+
+def _split(place: Place, parameter: nn.Parameter) -> tuple[int, ...] | None:
+    """Rows of each matrix in one that is made of several, as far as its type and shape tell.
+
+    Thirds if the rows are three times the columns, else heads may be grouped; none if a model of this name may order
+    its rows by heads. Only the caller knows then.
+    """
     rows, columns = parameter.shape
-    if isinstance(place.module, nn.MultiheadAttention) or rows == 3 * columns:
-        return (rows // 3,) * 3
-    return None
+    for kinds, num_gates in _GATES.items():
+        if isinstance(place.module, kinds) and _GATED.match(place.local):
+            return (rows // num_gates,) * num_gates
+    if isinstance(place.module, nn.MultiheadAttention):
+        return (rows // 3,) * 3 if place.local == "in_proj_weight" else None
+    is_cut = _FUSED.fullmatch(place.noun) and not _BY_HEADS.fullmatch(place.noun) and rows == 3 * columns
+    return (columns,) * 3 if is_cut else None
 
 
 def _checked_split(name: str, shape: tuple[int, ...], sizes: Sequence[int]) -> tuple[int, ...]:

@@ -19,6 +19,8 @@ from trainer_hooks.kernels import NEWTON_SCHULZ_5, OrthogonalizationSchedule, or
 from trainer_hooks.optim.base import MatrixOptimizer
 from trainer_hooks.optim.decay import check_settings, gradient_of, state_block
 from trainer_hooks.optim.matrices import MatrixState
+from trainer_hooks.optim.muon import check_iteration
+from trainer_hooks.optim.norms import safe_rms
 
 Norm = Literal["spectral", "sign", "row", "column", "bias_rms"]
 """The ball that a group's steps and, with weight decay, its weights are in. G is a matrix of M rows and N columns.
@@ -56,10 +58,11 @@ class Scion(MatrixOptimizer):
 
     Raises:
         GeometryError: a norm that a parameter cannot have, or splits that do not fit.
-        InvalidInputError: a setting out of range.
+        InvalidInputError: a setting out of range, or a dtype that the schedule cannot iterate.
 
     Errors: zero rows, columns and vectors stay zero. Convolutions are (out, in * kernel) matrices throughout.
-    Source: Pethick et al. 2025, arXiv:2502.07529. Ours: no epsilon in the norms, so that no gradient is too small.
+    Source: Pethick et al. 2025, arXiv:2502.07529. Ours: no epsilon in the norms, so that steps do not shorten
+        where gradients are small, down to the least normal number of their dtype.
     """
 
     averages: ClassVar[tuple[str, ...]] = ("momentum",)
@@ -97,6 +100,8 @@ class Scion(MatrixOptimizer):
             raise InvalidInputError(
                 f"Scion's weight_decay is part of its step, so it has no decay={group['decay']!r}; leave it out."
             )
+        if group["norm"] == "spectral":
+            check_iteration("Scion", group["params"], schedule=self._schedule, dtype=self._dtype)
 
     def _check_parameter(self, parameter: Tensor, group: dict[str, Any]) -> None:
         norm = group["norm"]
@@ -171,7 +176,5 @@ def _row_shape(parameter: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _over_rms(matrices: Tensor, *, dim: int) -> Tensor:
-    precision = torch.promote_types(matrices.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(matrices, dim=dim, keepdim=True, dtype=precision)
-    divided = matrices * (sqrt(matrices.shape[dim]) / torch.where(norms == 0, 1, norms))
-    return divided.to(matrices.dtype)
+    sizes = safe_rms(matrices, dim=dim)
+    return (matrices / torch.where(sizes == 0, 1, sizes)).to(matrices.dtype)

@@ -5,7 +5,6 @@ M = rows, N = columns, S = side of a factor, B = matrices of one shape.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
@@ -31,10 +30,11 @@ from trainer_hooks.optim.factors import (
     replace,
     stacked,
     where_finite,
-    with_norm,
+    with_rms,
 )
 from trainer_hooks.optim.halves import TakesHalves
 from trainer_hooks.optim.matrices import MatrixState
+from trainer_hooks.optim.norms import safe_rms
 
 Factors = Literal["gradient", "kl"]
 """What the factors average: G G^T and G^T G, or the same with the other side whitened (KL-Shampoo)."""
@@ -71,7 +71,7 @@ class Shampoo(TakesHalves, FactoredOptimizer):
         lr: in units of the grafted update; AdamW's own fits "adam" and "rms_match".
         betas: of the momentum, in [0, 1), and of the factors, in [0, 1]; 1 sums them up (AdaGrad) and corrects nothing.
         epsilon: e, added to the eigenvalues of a factor, after the correction: times the largest of them if
-            relative_epsilon, else as it is. 0 takes a pseudo-inverse.
+            relative_epsilon, else as it is. 0 takes a pseudo-inverse, which a zero factor has not.
         relative_epsilon: the update then does not depend on the scale of the gradient.
         exponent: p, 1/4 or 1/2; "kl" needs 1/2.
         factors: what the factors average.
@@ -99,7 +99,8 @@ class Shampoo(TakesHalves, FactoredOptimizer):
         InvalidInputError: a setting out of range, or two that exclude each other.
 
     State: L, R and their roots, m and v, in float32 (float64 beside float64), on the owner of the matrix. A root that
-        cannot be computed in float32 is tried in float64; if that fails, too, the old one stays.
+        cannot be computed in float32 is tried in float64; if that fails, too, the old one stays, at first
+        the identity.
     Source: arXiv:1802.09568; averages, grafting, blocks: arXiv:2309.06497; exponent 1/2: arXiv:2602.09314. KL-Shampoo:
         arXiv:2509.03378; with amortized roots and corrected averages ours. Update bias: arXiv:2605.20756; ours from two
         halves in place of many micro-batches.
@@ -193,9 +194,9 @@ class Shampoo(TakesHalves, FactoredOptimizer):
             parameter = members[index].parameter
             pieces = self._differences.pop(parameter, [])
             if pieces and parameter.grad is not None:
-                self._check_loaded(parameter)
                 for number, piece in enumerate(pieces):
-                    MatrixState(self.state[parameter], number)["difference"] = piece
+                    if piece.numel():
+                        MatrixState(self.state[parameter], number)["difference"] = piece
         return super()._owned_updates(members, indexes, whole)
 
     def _updates(self, matrices_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], step: int) -> Tensor:
@@ -228,17 +229,22 @@ def _observe(grads_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, 
     rows, columns = grads_BMN.shape[-2:]
     left = kept(states, "left", grads_BMN, rows, rows)
     right = kept(states, "right", grads_BMN, columns, columns)
+    _begin(states)
     beta2 = group["betas"][1]
     if group["factors"] == "gradient":
         average_grams(left, grads_BMN, beta2)
         average_grams(right, grads_BMN.mT, beta2)
         return
-    seen_by_left, seen_by_right = grads_BMN, grads_BMN.mT
-    if "left_root" in states[0]:
-        seen_by_left = grads_BMN @ stacked(states, "right_root")
-        seen_by_right = grads_BMN.mT @ stacked(states, "left_root")
-    average_grams(left, seen_by_left, beta2, scale=1 / columns)
-    average_grams(right, seen_by_right, beta2, scale=1 / rows)
+    average_grams(left, grads_BMN @ stacked(states, "right_root"), beta2, scale=1 / columns)
+    average_grams(right, grads_BMN.mT @ stacked(states, "left_root"), beta2, scale=1 / rows)
+
+
+def _begin(states: Sequence[MatrixState]) -> None:
+    """Roots are there from the first step on, because checkpoints are read into what the first step has made."""
+    for state in states:
+        if "left_root" not in state:
+            for side in ("left", "right"):
+                state[f"{side}_root"] = torch.eye(len(state[side]), dtype=state[side].dtype, device=state[side].device)
 
 
 def _refresh(
@@ -249,15 +255,13 @@ def _refresh(
     damping = {"exponent": group["exponent"], "epsilon": group["epsilon"], "relative": group["relative_epsilon"]}
     for side in ("left", "right"):
         factors_BSS = stacked(states, side).div_(weights)
-        identity_SS = torch.eye(factors_BSS.shape[-1], dtype=factors_BSS.dtype, device=factors_BSS.device)
-        previous_BSS = torch.stack([state.get(f"{side}_root", identity_SS) for state in states])
         if halves is None:
             roots_BSS = inverse_roots(factors_BSS, method=group["method"], **damping)
         else:
             weight = 1.0 if beta2 == 1 else (1 - beta2) / weights
             sides = [half_BMN if side == "left" else half_BMN.mT for half_BMN in halves]
             roots_BSS = corrected_inverse_roots(factors_BSS, sides[0], sides[1], weight=weight, **damping)
-        replace(states, f"{side}_root", where_finite(roots_BSS, previous_BSS))
+        replace(states, f"{side}_root", where_finite(roots_BSS, stacked(states, f"{side}_root")))
 
 
 def _check(group: dict[str, Any]) -> None:
@@ -329,8 +333,7 @@ def _grafted(
     if group["grafting"] == "none":
         return updates_BMN
     if group["grafting"] == "rms_match":
-        rows, columns = updates_BMN.shape[-2:]
-        return with_norm(updates_BMN, 0.2 * math.sqrt(rows * columns))
+        return with_rms(updates_BMN, 0.2)
     beta2 = group["grafting_beta2"]
     second_moments = kept(states, "second_moment", grads_BMN)
     average(second_moments, grads_BMN.square(), beta2)
@@ -338,4 +341,4 @@ def _grafted(
     adam_BMN = momenta_BMN / denominators_BMN
     if step < group["start_preconditioning_step"]:
         return adam_BMN
-    return with_norm(updates_BMN, torch.linalg.matrix_norm(adam_BMN, keepdim=True))
+    return with_rms(updates_BMN, safe_rms(adam_BMN, dim=(1, 2)))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.optim.decay import (
     Decay,
     blocks_of,
@@ -102,3 +103,11 @@ class SignSGD(Signum):
         maximize: bool = False,
     ) -> None:
         super().__init__(params, lr, momentum=0.0, weight_decay=weight_decay, decay=decay, maximize=maximize)
+
+    def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        super()._check_checkpoint(state_dict)
+        momenta = [group["momentum"] for group in state_dict["param_groups"]]
+        if any(momenta):
+            raise InvalidInputError(
+                f"this checkpoint is not SignSGD's: its groups have momentum={max(momenta)!r}. Load it into Signum."
+            )

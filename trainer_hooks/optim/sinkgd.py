@@ -17,6 +17,8 @@ from trainer_hooks.optim.decay import Decay, check_settings
 from trainer_hooks.optim.matrices import MatrixState
 
 _LEAST_NORM = 1e-8
+_LARGEST_ENTRY = 1e15
+"""Matrices with larger ones are divided, so that float32 holds sums of up to 1e8 squares."""
 
 
 class SinkGD(MatrixOptimizer):
@@ -74,6 +76,7 @@ class SinkGD(MatrixOptimizer):
 
     def _updates(self, matrices_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], step: int) -> Tensor:
         X_BMN = matrices_BMN.to(torch.promote_types(matrices_BMN.dtype, torch.float32))
+        X_BMN = X_BMN / (X_BMN.abs().amax(dim=(1, 2), keepdim=True) / _LARGEST_ENTRY).clamp_(min=1)
         for _ in range(group["rounds"]):
             for dim in (2, 1):
                 norms = torch.linalg.vector_norm(X_BMN, dim=dim, keepdim=True).clamp_(min=_LEAST_NORM)

@@ -8,7 +8,15 @@ from typing import Any, ClassVar, overload
 
 import torch
 
+from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.optim.decay import check_decay, check_settings, remember_peak
+from trainer_hooks.optim.matrices import CUTS
+
+_SCHEDULERS_SETTINGS = {"initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+_OTHERS_SETTINGS = _SCHEDULERS_SETTINGS | {"param_names", "differentiable", "peak_lr"}
+"""What torch, its schedulers and remember_peak write into groups and defaults."""
+_SHARED_SETTINGS = {"decay", "cautious", "maximize", "spectral_normalization", "update_bias_correction", "refresh_due"}
+"""Of several optimizers, as CUTS, so that they tell none from another. Older checkpoints may go without."""
 
 
 class Stepping(torch.optim.Optimizer):
@@ -20,6 +28,8 @@ class Stepping(torch.optim.Optimizer):
 
     _not_copied: ClassVar[tuple[str, ...]] = ()
     """Attributes that a copy gets from its class. Those of the bases count, too."""
+    _torch_settings: ClassVar[frozenset[str]] = frozenset()
+    """Group settings of torch's optimizer of this name whose checkpoints load here, too. They change nothing."""
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy is made of; torch's own keeps no attribute of a subclass."""
@@ -38,6 +48,28 @@ class Stepping(torch.optim.Optimizer):
         for group, own in zip(self.param_groups, built, strict=False):
             for name, value in own.items():
                 group.setdefault(name, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimizer, settings included.
+
+        Raises:
+            InvalidInputError: it is another optimizer's.
+        """
+        self._check_checkpoint(state_dict)
+        super().load_state_dict(state_dict)
+
+    def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        """Refuse groups with a setting that none here has, or without one of this optimizer's own."""
+        known = {name for group in self.param_groups for name in group} | _OTHERS_SETTINGS | self._torch_settings
+        own = self.defaults.keys() - _SHARED_SETTINGS - _OTHERS_SETTINGS - set(CUTS)
+        for group in state_dict["param_groups"]:
+            strangers, missing = sorted(group.keys() - known), sorted(own - group.keys())
+            if strangers or missing:
+                found = f"hold {', '.join(strangers)}" if strangers else f"lack {', '.join(missing)}"
+                raise InvalidInputError(
+                    f"this checkpoint is not {type(self).__name__}'s: its groups {found}. Load it into the optimizer "
+                    "that wrote it."
+                )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with settings of their own if the group has any. A refused group is not kept. Every rank."""

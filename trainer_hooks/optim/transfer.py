@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gns_controller.core.errors import GeometryError, InvalidInputError
-from trainer_hooks.optim.roles import MATRIX_ROLES, Role, find_roles, numbered
+from trainer_hooks.optim.roles import MATRIX_ROLES, Role, find_roles
 from trainer_hooks.optim.scales import Scale, update_scale
 
 RuleName = Literal["adam", "grafted_shampoo", "muon", "shampoo", "soap", "sgd", "spectral"]
@@ -289,7 +289,7 @@ def find_bases(
     """Every parameter's counterpart in the base model.
 
     A layer that the base does not have takes another layer's of the same place, if all of them have one shape. Stacks
-    of equal layers count as depth; the entries of a list named experts do not.
+    of equal layers count as depth; the entries of a list named experts do not, nor do lists inside a layer.
 
     Args:
         shapes: name -> shape of the model.
@@ -332,12 +332,18 @@ def _stacks(shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[tuple[int, ..
 
 
 def _place(name: str) -> tuple[str, int]:
-    """The name with * for its numbers, and the number of its layer."""
-    place, numbers = numbered(name)
-    parts = place.split(".")
-    are_experts = [before == "experts" for before, part in zip(["", *parts], parts, strict=False) if part == "*"]
-    layers = [number for number, is_expert in zip(numbers, are_experts, strict=True) if not is_expert]
-    return place, layers[0] if layers else 0
+    """The name with * for its layer's and its experts' numbers, and the layer's: the first that is not an expert's.
+
+    The number inside a layer, as of a Sequential in each block, says which of its parts it is.
+    """
+    parts = name.split(".")
+    layer, place = None, []
+    for before, part in zip(["", *parts], parts, strict=False):
+        is_expert = before == "experts" and part.isdigit()
+        is_layer = layer is None and part.isdigit() and not is_expert
+        layer = int(part) if is_layer else layer
+        place.append("*" if is_expert or is_layer else part)
+    return ".".join(place), layer or 0
 
 
 def power_iterations(num_updates: int) -> int:

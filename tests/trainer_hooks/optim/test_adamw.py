@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -303,6 +304,50 @@ def test_a_checkpoint_with_the_maximum_of_second_moments_is_refused_and_changes_
         mine.load_state_dict(other.state_dict())
     assert mine.param_groups[0]["lr"] == 0.01
     assert not mine.state
+
+
+def test_an_eps_that_vanishes_in_the_parameter_s_dtype_is_refused_and_the_advice_works() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    with pytest.raises(InvalidInputError, match=r"eps=1e-08 is 0 in torch\.float16, .*; give eps=6e-05\."):
+        AdamW([weight])
+    optimizer = AdamW([weight], eps=6e-5, weight_decay=0.0)
+    weight.grad = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float16)
+    optimizer.step()
+    # The first step is lr long, here 1e-3, which half precision beside 1 knows to 2^-11.
+    assert weight.tolist() == pytest.approx([1.0, 0.999, 1.001], abs=2**-11)
+    assert weight[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (torch.optim.Adamax, "lack amsgrad"),
+        (torch.optim.RAdam, "lack amsgrad"),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), "decays gradients by weight_decay=0.1"),
+        (torch.optim.NAdam, "hold momentum_decay"),
+    ],
+)
+def test_checkpoints_of_torchs_relatives_are_refused(build: Any, message: str) -> None:
+    weight = torch.nn.Parameter(torch.zeros(3))
+    weight.grad = torch.ones(3)
+    other = build([weight])
+    other.step()
+    mine = AdamW([weight], lr=0.01)
+    with pytest.raises(InvalidInputError, match=message):
+        mine.load_state_dict(other.state_dict())
+    assert not mine.state
+
+
+def test_adam_without_decay_goes_on_here() -> None:
+    first, second = parameters(), parameters()
+    adam = torch.optim.Adam(first, lr=0.01)
+    feed(adam, first, stream()[:7])
+    mine = AdamW(second, lr=0.3)
+    mine.load_state_dict(copy.deepcopy(adam.state_dict()))
+    for w, v in zip(second, first, strict=True):
+        w.data.copy_(v.data)
+    for a, b in zip(feed(mine, second, stream()[7:]), feed(adam, first, stream()[7:]), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-14)  # weights of order 1 in float64
 
 
 def test_settings_out_of_range_are_refused() -> None:

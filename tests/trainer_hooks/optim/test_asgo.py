@@ -38,6 +38,15 @@ def test_updates_do_not_depend_on_the_size_of_the_gradient(method: Any, scale: f
     assert float((steps[1] - steps[0]).norm() / steps[0].norm()) < 0.1
 
 
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e20, 1e37])
+@pytest.mark.parametrize("method", ["polar_express", "eigh"])
+def test_the_update_has_its_rms_where_squares_of_the_gradient_overflow_or_vanish(method: Any, scale: float) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(6, 9))
+    found = follow(ASGO([parameter], lr=1.0, weight_decay=0, method=method), parameter, [scale * stream(6, 9)[0]])
+    # Float32 rounds 54 squares and entries; entries of 1e-38 have 7 bits less.
+    assert float(found.square().mean().sqrt()) == pytest.approx(0.2, rel=1e-5)
+
+
 def recursion(
     weight: Tensor,
     grads: list[Tensor],
@@ -118,7 +127,7 @@ def test_it_keeps_one_factor_of_the_shorter_side() -> None:
     optimizer = ASGO([parameter])
     follow(optimizer, parameter, stream(12, 5, steps=1))
     shapes = {name: tuple(value.shape) for name, value in optimizer.state[parameter].items()}
-    assert shapes == {"step": (), "factor.0": (5, 5), "momentum.0": (12, 5)}
+    assert shapes == {"step": (), "owned": (), "factor.0": (5, 5), "momentum.0": (12, 5)}
 
 
 def test_it_keeps_to_the_rules_of_the_house() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,22 +13,56 @@ from gns_controller.core.errors import GeometryError, InvalidInputError
 from tests.trainer_hooks.optim.streams import gradients, run
 from trainer_hooks.optim import ASGO, SOAP, EShampoo, Muon, Shampoo
 
+KINDS: list[Any] = [Shampoo, EShampoo, SOAP, ASGO]
+COUNTS = ("step",)
+"""What every rank holds of every parameter."""
 
-@pytest.mark.parametrize("kind", [Shampoo, EShampoo, SOAP, ASGO])
-def test_a_checkpoint_with_nothing_but_zeros_for_this_rank_is_refused(kind: type[torch.optim.Optimizer]) -> None:
-    """torch's full_state_dict of rank 0 comes back so on the others: counts, and the zeros that were there."""
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_beside_what_the_first_step_makes_are_refused_at_every_step(kind: Any) -> None:
+    """What full_state_dict of rank 0 is on the others: counts, and beside them torch's initialising step."""
     parameter = nn.Parameter(torch.ones(4, 6))
     optimizer = kind([parameter])
     run(optimizer, parameter, gradients(4, 6, steps=3))
     whole = copy.deepcopy(optimizer.state_dict())
-    blank = copy.deepcopy(whole)
-    for name, value in blank["state"][0].items():
-        if name != "step" and isinstance(value, Tensor):
-            value.zero_()
-    with pytest.raises(InvalidInputError, match="full_state_dict"):
-        optimizer.load_state_dict(blank)
+    filled = copy.deepcopy(whole)
+    other = nn.Parameter(torch.ones(4, 6))
+    initialised = kind([other], lr=0.0)
+    run(initialised, other, [torch.zeros(4, 6)])
+    filled["state"][0] = {**initialised.state[other], **{name: filled["state"][0][name] for name in COUNTS}}
+    optimizer.load_state_dict(filled)
+    for _ in range(2):
+        with pytest.raises(InvalidInputError, match="full_state_dict"):
+            run(optimizer, parameter, gradients(4, 6, steps=1))
     optimizer.load_state_dict(whole)
     run(optimizer, parameter, gradients(4, 6, steps=1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_matrix_whose_gradients_were_all_zero_resumes_and_goes_on_bit_for_bit(kind: Any) -> None:
+    resting, straight = (nn.Parameter(torch.ones(4, 6)) for _ in range(2))
+    before, whole = kind([resting]), kind([straight])
+    for optimizer, parameter in ((before, resting), (whole, straight)):
+        run(optimizer, parameter, [torch.zeros(4, 6)] * 3)
+    before.load_state_dict(copy.deepcopy(before.state_dict()))
+    found = run(before, resting, gradients(4, 6, steps=4)).clone()
+    assert torch.equal(found, run(whole, straight, gradients(4, 6, steps=4)))
+    assert not torch.equal(found, torch.ones(4, 6).double())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_from_before_owners_left_a_mark_goes_on_bit_for_bit(kind: Any) -> None:
+    first, straight = (nn.Parameter(torch.ones(4, 6)) for _ in range(2))
+    before, whole = kind([first]), kind([straight])
+    for optimizer, parameter in ((before, first), (whole, straight)):
+        run(optimizer, parameter, gradients(4, 6, steps=3))
+    saved = copy.deepcopy(before.state_dict())
+    del saved["state"][0]["owned"]
+    before.load_state_dict(saved)
+    grads = gradients(4, 6, steps=5)[3:]
+    assert torch.equal(run(before, first, grads), run(whole, straight, grads))
+    before.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert torch.equal(run(before, first, grads), run(whole, straight, grads))
 
 
 def test_counts_without_matrices_are_refused_at_the_next_step() -> None:
@@ -35,7 +70,7 @@ def test_counts_without_matrices_are_refused_at_the_next_step() -> None:
     before = Shampoo([parameter])
     run(before, parameter, gradients(4, 6, steps=3))
     share = copy.deepcopy(before.state_dict())
-    share["state"][0] = {"step": share["state"][0]["step"]}
+    share["state"][0] = {name: share["state"][0][name] for name in COUNTS}
     after = Shampoo([parameter])
     after.load_state_dict(share)
     with pytest.raises(InvalidInputError, match="consolidated_state_dict"):
@@ -48,7 +83,7 @@ def test_a_copy_of_a_share_is_refused_at_its_first_step() -> None:
     mine, theirs = optimizer.param_groups[0]["params"]
     mine.grad = theirs.grad = torch.ones(4, 6)
     optimizer.step()
-    optimizer.state[theirs] = {"step": optimizer.state[theirs]["step"]}
+    optimizer.state[theirs] = {name: optimizer.state[theirs][name] for name in COUNTS}
     copied = copy.deepcopy(optimizer)
     for parameter in copied.param_groups[0]["params"]:
         parameter.grad = torch.ones(4, 6)

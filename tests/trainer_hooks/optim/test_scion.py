@@ -105,6 +105,16 @@ def test_zeros_stay_zero_and_no_gradient_is_too_small(norm: Any, shape: tuple[in
     assert torch.equal(run(Scion([none], **settings), none, [torch.zeros_like(grad)]), torch.zeros_like(grad))
 
 
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-24, 1e-20, 1.0, 1e20, 1e25, 8e37])
+@pytest.mark.parametrize(("norm", "shape"), [("row", WIDE), ("column", TALL), ("bias_rms", VECTOR)])
+def test_float32_gradients_of_every_size_step_as_far(norm: Any, shape: tuple[int, ...], scale: float) -> None:
+    moving = torch.nn.Parameter(torch.zeros(shape))
+    grad = (scale * gradients(*shape)[0]).float()
+    step = run(Scion([moving], lr=1.0, momentum=0.0, norm=norm), moving, [grad])
+    # A sum of up to 12 squares, a root, three quotients; at 1e-38 the size is known to 1.4e-45, 1e-7 of it.
+    torch.testing.assert_close(step, -oracle(norm, grad.double()), rtol=1e-6, atol=0)
+
+
 def test_groups_have_norms_of_their_own_and_convolutions_and_experts_are_matrices() -> None:
     shapes = {"sign": (5, 2, 3, 3), "row": (5, 2, 3), "column": (2, 5, 4), "spectral": (2, 4, 5)}
     grads = {norm: gradients(*shape)[0] for norm, shape in shapes.items()}
@@ -200,3 +210,11 @@ def test_what_it_cannot_do_is_said() -> None:
         Scion([{"params": [matrix], "decay": "independent"}])
     with pytest.raises(InvalidInputError, match="0 <= momentum < 1"):
         Scion([matrix], momentum=1.0)
+    half = torch.nn.Parameter(torch.zeros(4, 3, dtype=torch.float16))
+    with pytest.raises(InvalidInputError, match=r"Scion cannot iterate parameters of torch\.float16"):
+        Scion([half])
+    with pytest.raises(InvalidInputError, match=r"Scion cannot iterate parameters of torch\.bfloat16"):
+        Scion([half.bfloat16().detach()], schedule=EXACT)
+    rows = Scion([half], norm="row")
+    with pytest.raises(InvalidInputError, match=r"Scion cannot iterate parameters of torch\.float16"):
+        rows.add_param_group({"params": [half.detach().clone()], "norm": "spectral"})

@@ -153,6 +153,30 @@ def test_a_zero_gradient_moves_nothing(grafting: str) -> None:
     assert torch.equal(found, start(6, 9).double())
 
 
+@pytest.mark.parametrize("halves", [False, True])
+def test_without_epsilon_a_first_gradient_of_zeros_leaves_the_roots_at_the_identity(halves: bool) -> None:
+    """Then the update is the momentum at the norm of Adam's, until the next roots."""
+    parameter = start(6, 9)
+    optimizer = Shampoo([parameter], lr=0.02, epsilon=0.0, precondition_frequency=50, update_bias_correction=halves)
+    if halves:
+        optimizer.supply_halves({parameter: torch.zeros(6, 9)})
+    (grad,) = stream(6, 9, steps=1)
+    found = follow(optimizer, parameter, [torch.zeros(6, 9), grad])
+    momentum, second_moment = 0.1 * grad / (1 - 0.9**2), 0.001 * grad**2 / (1 - 0.999**2)
+    adam = momentum / (second_moment.sqrt() + 1e-8)
+    expected = start(6, 9).detach() - 0.02 * momentum * adam.norm() / momentum.norm()
+    assert distance(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e20, 1e37])
+def test_rms_match_has_its_rms_where_squares_of_the_gradient_overflow_or_vanish(scale: float) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(6, 9))
+    optimizer = Shampoo([parameter], lr=1.0, grafting="rms_match")
+    found = follow(optimizer, parameter, [scale * stream(6, 9)[0]])
+    # Float32 rounds 54 squares and entries; entries of 1e-38 have 7 bits less.
+    assert float(found.square().mean().sqrt()) == pytest.approx(0.2, rel=1e-5)
+
+
 def test_a_factor_that_cannot_be_decomposed_keeps_the_old_root() -> None:
     parameter = start(6, 9)
     optimizer = Shampoo([parameter], lr=0.02, precondition_frequency=1)

@@ -66,6 +66,15 @@ def test_the_size_of_the_gradient_does_not_matter(scale: float) -> None:
     assert torch.allclose(found, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e20, 1e37])
+def test_squares_of_float32_may_overflow(scale: float) -> None:
+    moving = torch.nn.Parameter(torch.zeros(6, 9))
+    grad = (scale * gradients(6, 9)[0]).float()
+    found = run(SinkGD([moving], lr=1.0), moving, [grad])
+    # Ten divisions in float32.
+    assert torch.allclose(found, -sinkhorn(grad, 5), rtol=1e-5, atol=1e-6)
+
+
 def test_zero_rows_and_columns_stay_zero_and_the_rest_is_as_without_them() -> None:
     grad = torch.zeros(5, 7, dtype=torch.float64)
     inner = gradients(4, 6)[0]

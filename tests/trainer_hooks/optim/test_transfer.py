@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,15 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gns_controller.core.errors import GeometryError, InvalidInputError
-from trainer_hooks.examples.llama import Llama, LlamaConfig
 from trainer_hooks.optim import Muon, Shampoo
 from trainer_hooks.optim.grouping import parameter_groups
 from trainer_hooks.optim.transfer import (
-    BaseOfParameter,
     TransferRule,
-    base_shapes_of,
     epsilon_multiplier,
-    find_bases,
     learning_rate_multiplier,
     power_iterations,
     residual_multiplier,
@@ -179,46 +174,6 @@ def test_scales_are_shown_with_their_sum() -> None:
     assert scale_in_words("rms_match", [(768, 256)]) == "rms_match 0.2*sqrt(768)=5.54"
     assert scale_in_words("shape", [(4, 4), (16, 4), (4, 4)]) == "shape 1.00/2.00"
     assert scale_in_words("none", [(4, 4)]) == "-"
-
-
-def test_base_shapes_survive_json_and_need_no_memory() -> None:
-    with torch.device("meta"):
-        base = base_shapes_of(Llama(LlamaConfig(width=64, num_layers=2)))
-    assert base["blocks.1.feed_forward.gate.weight"] == (176, 64)  # 8/3 of 64, up to a multiple of 8
-    again = json.loads(json.dumps(base))
-    wide = base_shapes_of(Llama(LlamaConfig(width=128, num_layers=2)))
-    assert find_bases(wide, again) == find_bases(wide, base)
-
-
-def test_a_deeper_model_takes_its_bases_from_the_layers_there_are() -> None:
-    shapes = {f"blocks.{layer}.w": (8, 8) for layer in range(6)} | {"head": (5, 8)}
-    base = {"blocks.0.w": [4, 4], "blocks.1.w": [4, 4], "head": [5, 4]}
-    found = find_bases(shapes, base)
-    assert found["blocks.5.w"] == BaseOfParameter((4, 4), depth=6, base_depth=2)
-    assert found["head"] == BaseOfParameter((5, 4), depth=1, base_depth=1)
-
-
-def test_experts_and_unequal_layers_are_no_depth() -> None:
-    experts = {f"layers.{layer}.experts.{number}.w": (8, 8) for layer in range(3) for number in range(4)}
-    base = {f"layers.0.experts.{number}.w": (4, 4) for number in range(2)}
-    assert {(found.depth, found.base_depth) for found in find_bases(experts, base).values()} == {(3, 1)}
-    alone = {"experts.0.w": (8, 8), "experts.1.w": (8, 8)}
-    assert find_bases(alone, {"experts.0.w": (4, 4)})["experts.1.w"] == BaseOfParameter((4, 4), 1, 1)
-    # The first layer of the base is as wide as its data; that makes no stack of it.
-    perceptron = {"0.weight": (8, 4), "2.weight": (8, 8), "4.weight": (8, 8)}
-    base = {"0.weight": (4, 4), "2.weight": (4, 4), "4.weight": (4, 4)}
-    assert {(found.depth, found.base_depth) for found in find_bases(perceptron, base).values()} == {(1, 1)}
-
-
-def test_a_parameter_without_a_base_is_named() -> None:
-    with pytest.raises(InvalidInputError, match=r"no shape for 1 parameters.*: extra"):
-        find_bases({"w": (2, 2), "extra": (2,)}, {"w": (2, 2)})
-    with pytest.raises(InvalidInputError, match=r"several to choose from: 4.weight"):
-        find_bases(
-            {"0.weight": (8, 4), "2.weight": (8, 8), "4.weight": (8, 8)}, {"0.weight": (4, 3), "2.weight": (4, 4)}
-        )
-    with pytest.raises(InvalidInputError, match="not of one kind"):
-        find_bases({"w": (2, 2)}, {"w": (2,)})
 
 
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30), (3, 12, 8)])

@@ -1,0 +1,212 @@
+"""What a saved outer optimizer needs in order to go on bit for bit, however it is packed, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from gns_controller.core.errors import InvalidInputError
+from tests.trainer_hooks.optim.streams import gradients, run
+from tests.trainer_hooks.test_session import attach, network, train
+from trainer_hooks.optim import SNOO, AdamW, Lookahead, Muon, Shampoo
+
+SHAPE = (4, 3)
+MAKERS: dict[str, Callable[[nn.Module], SNOO]] = {
+    "SNOO of Muon": lambda m: SNOO(Muon(m.parameters(), lr=0.1, dtype=None), interval=5),
+    "SNOO of Shampoo": lambda m: SNOO(Shampoo(m.parameters(), lr=0.1), interval=5),
+    "SNOO of AdamW": lambda m: SNOO(AdamW(m.parameters(), lr=0.1), interval=5),
+    "SNOO of torch.optim.AdamW": lambda m: SNOO(torch.optim.AdamW(m.parameters(), lr=0.1), interval=5),
+    "Lookahead of SGD": lambda m: Lookahead(torch.optim.SGD(m.parameters(), lr=0.1), interval=5),
+}
+
+
+class Layer(nn.Module):
+    """One matrix."""
+
+    def __init__(self, start: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(SHAPE, dtype=torch.float64) if start is None else start.detach().clone())
+
+
+def options(packing: str) -> StateDictOptions:
+    return StateDictOptions(
+        flatten_optimizer_state_dict=packing == "flat", full_state_dict=packing == "full", cpu_offload=packing == "full"
+    )
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("packing", ["nested", "flat", "full"])
+@pytest.mark.parametrize("stop", [3, 5, 7, 10])
+@pytest.mark.parametrize("name", MAKERS)
+def test_it_goes_on_bit_for_bit_within_an_interval_and_at_its_end(
+    one_rank: None, tmp_path: Path, name: str, stop: int, packing: str
+) -> None:
+    make, grads = MAKERS[name], gradients(*SHAPE)
+    straight, before = Layer(), Layer()
+    expected = run(make(straight), straight.weight, grads)
+    saving = make(before)
+    run(saving, before.weight, grads[:stop])
+    found = get_optimizer_state_dict(before, saving, options=options(packing))
+    dcp.save({"optimizer": found}, checkpoint_id=tmp_path / "checkpoint")
+    for through_files in (False, True):
+        after = Layer(before.weight)
+        resumed = make(after)
+        if through_files:
+            parts = {"optimizer": get_optimizer_state_dict(after, resumed, options=options(packing))}
+            dcp.load(parts, checkpoint_id=tmp_path / "checkpoint")
+        else:
+            parts = {"optimizer": copy.deepcopy(found)}
+        set_optimizer_state_dict(after, resumed, parts["optimizer"], options=options(packing))
+        assert resumed.num_steps == stop % 5
+        assert torch.equal(run(resumed, after.weight, grads[stop:]), expected)
+
+
+@pytest.mark.parametrize("missing", ["outer_num_steps", "outer_interval"])
+def test_slow_weights_without_their_counts_are_refused_and_nothing_is_loaded(missing: str) -> None:
+    layer = Layer()
+    optimizer = MAKERS["SNOO of AdamW"](layer)
+    run(optimizer, layer.weight, gradients(*SHAPE)[:3])
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        del state[missing]
+    with pytest.raises(InvalidInputError, match=f"slow weights and no {missing}; load a whole state_dict"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.num_steps == 3
+
+
+def test_parameters_that_counted_other_steps_are_refused() -> None:
+    parameters = [nn.Parameter(torch.ones(SHAPE)), nn.Parameter(torch.ones(SHAPE))]
+    optimizer = SNOO(torch.optim.SGD(parameters, lr=0.1), interval=5)
+    for parameter in parameters:
+        parameter.grad = torch.ones(SHAPE)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1]["outer_num_steps"] += 2
+    with pytest.raises(InvalidInputError, match=r"1 of 5 steps .* 3 of 5 steps"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("num_steps", [6, 7])
+def test_another_interval_is_refused_but_at_a_boundary(num_steps: int) -> None:
+    layer, grads = Layer(), gradients(*SHAPE)
+    before = SNOO(AdamW(layer.parameters(), lr=0.1), interval=7)
+    run(before, layer.weight, grads[:num_steps])
+    after = SNOO(AdamW(layer.parameters(), lr=0.1), interval=5)
+    if num_steps == 6:
+        with pytest.raises(
+            InvalidInputError, match=r"6 steps after .* interval=7, .* interval=5: build .* interval=7, or"
+        ):
+            after.load_state_dict(before.state_dict())
+        return
+    after.load_state_dict(before.state_dict())
+    run(after, layer.weight, grads[:4])
+    assert after.num_steps == 4
+
+
+@pytest.mark.parametrize("packing", ["nested", "flat"])
+@pytest.mark.parametrize("wraps_last", [False, True])
+def test_asking_for_the_state_beside_a_loaded_inner_checkpoint_changes_nothing(packing: str, wraps_last: bool) -> None:
+    layer, grads = Layer(), gradients(*SHAPE)
+    plain = AdamW(layer.parameters(), lr=0.1)
+    run(plain, layer.weight, grads[:3])
+    average = plain.state[layer.weight]["exp_avg"].clone()
+    found = get_optimizer_state_dict(layer, plain, options=options(packing))
+    other = Layer(layer.weight)
+    inner = AdamW(other.parameters(), lr=0.1)
+    if wraps_last:
+        set_optimizer_state_dict(other, inner, found, options=options(packing))
+    wrapped = SNOO(inner, interval=5)
+    if not wraps_last:
+        set_optimizer_state_dict(other, wrapped, found, options=options(packing))
+    asked = get_optimizer_state_dict(other, wrapped)
+    assert float(inner.state[other.weight]["step"]) == 3
+    assert torch.equal(inner.state[other.weight]["exp_avg"], average)
+    assert wrapped.num_steps == 0
+    assert torch.equal(asked["state"]["weight"]["outer_slow"], layer.weight), "a checkpoint loads into what is there"
+
+
+def test_weights_loaded_after_the_optimizer_are_where_the_interval_begins() -> None:
+    """Slow weights of before are left behind: at a boundary they are the weights."""
+    grads, late = gradients(*SHAPE), Layer()
+    inner_alone = AdamW(late.parameters(), lr=0.1)
+    run(inner_alone, late.weight, grads[:3])
+    trained = late.weight.detach().clone()
+    ends = []
+    for loads_weights_first in (True, False):
+        layer = Layer()
+        wrapped = SNOO(AdamW(layer.parameters(), lr=0.1), interval=2)
+        for loads_weights in (True, False) if loads_weights_first else (False, True):
+            if loads_weights:
+                layer.load_state_dict({"weight": trained})
+            else:
+                wrapped.load_state_dict(copy.deepcopy(inner_alone.state_dict()))
+        with wrapped.slow_weights():
+            assert torch.equal(layer.weight, trained)
+        ends.append(run(wrapped, layer.weight, grads[3:8]))
+    assert torch.equal(*ends)
+
+
+def test_ranks_count_alike_whatever_their_blocks_of_the_first_gradient_hold() -> None:
+    """The rate is every rank's; that a block of the gradient is zero, or has no entries, is not."""
+    blocks = torch.ones(SHAPE), torch.zeros(SHAPE), torch.zeros(0, 3)
+    counted = set()
+    for grad in blocks:
+        parameter = nn.Parameter(torch.ones_like(grad))
+        optimizer = SNOO(torch.optim.SGD([parameter], lr=0.0), interval=3)
+        run(optimizer, parameter, [grad])
+        counted.add(optimizer.num_steps)
+    assert counted == {0}
+
+
+def test_a_session_counts_a_first_step_at_rate_0() -> None:
+    model = network()
+    optimizer = SNOO(AdamW(model.parameters(), lr=0.01), interval=5)
+    session = attach(model, optimizer, learning_rate_schedule=lambda samples: min(samples / 40, 1.0))
+    train(session, until=1)
+    assert optimizer.param_groups[0]["lr"] == 0
+    assert optimizer.num_steps == 1
+    train(session, until=8)
+    assert optimizer.num_steps == 3
+
+
+def test_state_is_the_inner_one_s_and_the_outer_one_s_and_is_read_only() -> None:
+    layer = Layer()
+    wrapped = SNOO(AdamW(layer.parameters(), lr=0.1), interval=5, momentum=0.5)
+    state: Any = wrapped.state
+    assert not state
+    assert layer.weight not in state
+    assert state[layer.weight] == {}
+    run(wrapped, layer.weight, gradients(*SHAPE)[:2])
+    assert list(wrapped.state) == [layer.weight]
+    assert layer.weight in wrapped.state
+    assert wrapped.state[layer.weight].keys() == wrapped.state_dict()["state"][0].keys()
+    assert {"step", "exp_avg", "outer_slow", "outer_momentum"} < wrapped.state[layer.weight].keys()
+    with pytest.raises(TypeError):
+        state[layer.weight] = {}
+    alone = AdamW(layer.parameters(), lr=0.3)
+    alone.load_state_dict(wrapped.inner.state_dict())
+    assert alone.state[layer.weight].keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_an_outer_optimizer_goes_around_no_other() -> None:
+    with pytest.raises(InvalidInputError, match="and no outer one"):
+        Lookahead(MAKERS["SNOO of AdamW"](Layer()))
