@@ -118,6 +118,7 @@ def _projected(head: RunHead) -> Projection | None:
             facts=specification.facts,
             schedule=specification.schedule,
             override=head.override,
+            shadow=specification.mode == "shadow",
         )
     except (ValueError, ArithmeticError):  # counts near 2^62: no plan ahead can be written down
         logger.debug("no projection: run_id=%s state_sequence=%d", head.run_id, head.state_sequence)

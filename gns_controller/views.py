@@ -50,7 +50,7 @@ def view_of(head: RunHead, *, state: RunState) -> RunView:
         last_report_at=head.last_report_at,
         override=head.override,
         savings=_savings(head),
-        advised_data_parallel_size=advised_data_parallel_size(head.state, facts=head.specification.facts),
+        advised_data_parallel_size=_advised(head),
     )
 
 
@@ -70,7 +70,7 @@ def live_run_of(head: RunHead, *, state: RunState, steps_left: int | None) -> Li
         last_report_timestamp_seconds=head.last_report_at.timestamp() if head.last_report_at else None,
         policy_revision=head.policy_revision,
         override_active=head.override is not None,
-        advised_data_parallel_size=advised_data_parallel_size(head.state, facts=head.specification.facts),
+        advised_data_parallel_size=_advised(head),
         steps_saved=saved.steps_saved if saved else None,
         seconds_saved=saved.seconds_saved if saved else None,
         steps_left=steps_left,
@@ -96,10 +96,15 @@ def schedule_view(head: RunHead, plan_changes: Iterable[LogEntry], projection: P
         plans=tuple(plans),
         projection=projection,
         savings=_savings(head),
-        advised_data_parallel_size=advised_data_parallel_size(head.state, facts=head.specification.facts),
+        advised_data_parallel_size=_advised(head),
     )
 
 
 def _savings(head: RunHead) -> Savings | None:
     last = head.last_measurement
     return None if last is None else savings(head.state, last, facts=head.specification.facts)
+
+
+def _advised(head: RunHead) -> int:
+    run = head.specification
+    return advised_data_parallel_size(head.state, head.last_measurement, facts=run.facts, shadow=run.mode == "shadow")

@@ -56,7 +56,8 @@ class Savings(FrozenModel):
     """Negative for a batch that shrank."""
     steps_saved_share: FiniteFloat
     seconds_saved: FiniteFloat | None
-    """None until a step of the constant batch was timed. Measuring is not counted."""
+    """None until a step of the constant batch was timed. Measuring is not counted, nor are steps of which the time is
+    not known, or not that of the constant batch on the same ranks."""
 
 
 class _Path(NamedTuple):
@@ -73,6 +74,7 @@ def project(
     facts: RunFacts,
     schedule: Sequence[float] = (),
     override: Override | None = None,
+    shadow: bool = False,
 ) -> Projection:
     """Fold the policy over what has not happened yet.
 
@@ -84,6 +86,7 @@ def project(
         schedule: learning-rate factors at evenly spaced points from the first to the last sample of the budget; without
             them the present one stays.
         override: an operator's word is expected to stay.
+        shadow: nobody follows the policy: the stages are what it would do, the steps left those at the batch of `last`.
     """
     judged = state.smoothed.judged() if state.smoothed else NOTHING_SEEN
     expected = _walk(config, state, last, judged, facts=facts, schedule=schedule, override=override)
@@ -113,11 +116,18 @@ def project(
             stage.high,
         ):
             stages.append(stage)
-    steps = sorted(round(path.steps) for path in (expected, low, high))
-    return Projection(
-        stages=tuple(stages),
-        steps_left=StepsLeft(expected=round(expected.steps), least=steps[0], most=steps[-1]),
-    )
+    if shadow:
+        left = max((facts.budget_samples or last.samples_seen) - last.samples_seen, 0)
+        counts = [-(-left // last.global_batch_size)]
+    else:
+        counts = [whole_steps(path.steps) for path in (expected, low, high)]
+    steps_left = StepsLeft(expected=counts[0], least=min(counts), most=max(counts))
+    return Projection(stages=tuple(stages), steps_left=steps_left)
+
+
+def whole_steps(steps: float) -> int:
+    """A sum of shares of steps as a count: a last step of a few samples is a step, rounding in the sum is not."""
+    return math.ceil(steps - 1e-9)
 
 
 def _walk(
@@ -169,32 +179,37 @@ def schedule_at(schedule: Sequence[float], share: float, otherwise: float) -> fl
 
 
 def savings(state: PolicyState, last: NoiseScaleMeasurement, *, facts: RunFacts) -> Savings:
-    """Steps and seconds saved so far.
-
-    seconds saved = constant steps * seconds of a step at the batch of the start - seconds of the steps taken.
-    """
+    """Steps and seconds saved so far."""
     first = facts.rules.global_batch_size
     constant_steps = -(-last.samples_seen // first)
     saved = constant_steps - last.optimizer_step
-    timing = next((timing for timing in state.timings if timing.global_batch_size == first), None)
-    seconds = None
-    if timing is not None and state.timed_steps:
-        taken = state.timed_seconds * last.optimizer_step / state.timed_steps
-        difference = constant_steps * timing.step_seconds - taken
-        seconds = difference if math.isfinite(difference) else None
     return Savings(
         constant_batch_size=first,
         constant_steps=constant_steps,
         steps_saved=saved,
         steps_saved_share=saved / constant_steps if constant_steps else 0.0,
-        seconds_saved=seconds,
+        seconds_saved=state.seconds_saved,
     )
 
 
-def advised_data_parallel_size(state: PolicyState, *, facts: RunFacts) -> int:
-    """The most ranks that the present batch keeps busy with whole micro-batches: B / micro_batch_size, at least 1.
+def advised_data_parallel_size(
+    state: PolicyState, last: NoiseScaleMeasurement | None, *, facts: RunFacts, shadow: bool = False
+) -> int:
+    """The most ranks that the present batch keeps busy with whole micro-batches: B / micro_batch_size.
 
     Beyond it ranks would get smaller micro-batches than the hardware was chosen for; below it batches are accumulated.
-    Advice for autoscalers: nothing here applies it.
+    The present ranks, where B is no whole number of micro-batches. Advice for autoscalers: nothing here applies it.
+
+    Args:
+        state: after `last`.
+        last: the newest measurement, if there is one.
+        facts: of the run.
+        shadow: nobody follows the policy: B is the batch of `last`, not that of the plan.
     """
-    return max(state.plan.global_batch_size // facts.rules.micro_batch_size, 1)
+    plan, micro_batch_size = state.plan, facts.rules.micro_batch_size
+    batch_size = last.global_batch_size if shadow and last else plan.global_batch_size
+    if batch_size % micro_batch_size == 0:
+        return batch_size // micro_batch_size
+    if last is not None:
+        return last.data_parallel_size
+    return plan.global_batch_size // (plan.micro_batch_size * plan.gradient_accumulation_steps)

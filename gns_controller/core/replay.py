@@ -17,6 +17,7 @@ from gns_controller.core.contract import (
     Reason,
 )
 from gns_controller.core.policies import AnyPolicyConfig, PolicyState, decide, initial_state
+from gns_controller.core.projection import whole_steps
 from gns_controller.core.runs import RunSpecification
 
 
@@ -58,7 +59,9 @@ def replay(
         follow_trainer: True takes the batch in force from each measurement, as the service does: exact for a run
             whose batch somebody else changed. False lets the policy's own earlier decisions stand: what it would have
             done.
-        policy: ask this one instead, all run long; operators' words are then left out.
+        policy: ask this one instead, all run long; operators' words are then left out. If it does not follow the
+            trainer, it counts steps of its own: those that its batches would have taken to the same samples. Its
+            decisions carry them.
     """
     kept = list(events)
     fold = _Fold(config, resume_steps=resume_steps(kept), follow_trainer=follow_trainer, policy=policy)
@@ -68,6 +71,38 @@ def replay(
 def resume_steps(events: Iterable[Event]) -> set[int]:
     """The steps that attempts resume from."""
     return {event.resume_step for event in events if isinstance(event, Resumed)}
+
+
+class _Steps(NamedTuple):
+    """Optimizer steps that the replayed batches take, each in force from its effective step on."""
+
+    taken: float
+    """Shares of a step included: a measurement of the run that happened may lie inside of one."""
+    samples: int
+    in_force: int
+    planned: int
+    waiting: int = 0
+    """Samples until the planned batch is in force."""
+
+    @property
+    def completed(self) -> int:
+        """Whole steps."""
+        return int(self.taken + 1e-9)
+
+    def until(self, samples: int) -> _Steps:
+        """When so many samples were seen."""
+        fresh = max(samples - self.samples, 0)
+        delayed = min(self.waiting, fresh)
+        taken = self.taken + delayed / self.in_force + (fresh - delayed) / self.planned
+        waiting = self.waiting - delayed
+        in_force = self.in_force if waiting else self.planned
+        return _Steps(taken, self.samples + fresh, in_force, self.planned, waiting)
+
+    def told(self, batch_size: int, *, delay_steps: int) -> _Steps:
+        """After a decision."""
+        if batch_size == self.planned:
+            return self
+        return self._replace(planned=batch_size, waiting=self.waiting or delay_steps * self.in_force)
 
 
 class _Fold:
@@ -84,16 +119,29 @@ class _Fold:
         self._config, self._follow_trainer, self._asked = config, follow_trainer, policy
         self._controlled = Controlled(policy or config.policy, 0, None)
         self._state: PolicyState | None = None
+        self._steps = self._no_steps = _Steps(0.0, 0, config.batch.global_batch_size, config.batch.global_batch_size)
+        self._counts_its_own = policy is not None and not follow_trainer
         self._ranks: int | None = None
         self._resume_steps = sorted(set(resume_steps))
-        self._kept: list[tuple[int, PolicyState]] = []
+        self._kept: list[tuple[int, PolicyState, _Steps]] = []
         """Places in resume_steps, ascending, each with the newest state that an attempt may resume from there."""
+
+    @property
+    def policy(self) -> AnyPolicyConfig:
+        """The one that was asked, or the last one in force."""
+        return self._controlled.policy
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the replayed batches have taken on the path to the last measurement."""
+        return whole_steps(self._steps.taken)
 
     def after(self, event: Event) -> Decision | None:
         """The decision, where the event is a measurement."""
         if isinstance(event, Resumed):
             place = bisect_left(self._resume_steps, event.resume_step)
-            self._state = next((state for known, state in reversed(self._kept) if known <= place), None)
+            resumed = (kept[1:] for kept in reversed(self._kept) if kept[0] <= place)
+            self._state, self._steps = next(resumed, (None, self._no_steps))
             self._ranks = event.data_parallel_size
             return None
         if isinstance(event, Controlled):
@@ -101,24 +149,28 @@ class _Fold:
                 self._controlled = event
             return None
         ranks = self._ranks or event.data_parallel_size
+        steps = self._steps.until(event.samples_seen)
+        step = steps.completed if self._counts_its_own else event.optimizer_step
         self._state, decision = decide(
             self._controlled.policy,
             self._state or initial_state(self._config.batch, data_parallel_size=ranks),
-            event,
+            event.model_copy(update={"optimizer_step": step}) if self._counts_its_own else event,
             facts=self._config.facts,
             policy_revision=self._controlled.policy_revision,
             follow_trainer=self._follow_trainer,
             override=self._controlled.override,
         )
-        self._keep(event.optimizer_step, self._state)
+        delay = max(decision.plan.effective_step - step, 0)
+        self._steps = steps.told(decision.plan.global_batch_size, delay_steps=delay)
+        self._keep(event.optimizer_step, self._state, self._steps)
         return decision
 
-    def _keep(self, optimizer_step: int, state: PolicyState) -> None:
+    def _keep(self, optimizer_step: int, state: PolicyState, steps: _Steps) -> None:
         place = bisect_left(self._resume_steps, optimizer_step)
         if place < len(self._resume_steps):
             while self._kept and self._kept[-1][0] >= place:
                 self._kept.pop()
-            self._kept.append((place, state))
+            self._kept.append((place, state, steps))
 
 
 class ReplayedRow(FrozenModel):
@@ -129,6 +181,7 @@ class ReplayedRow(FrozenModel):
     """Of the run that happened."""
     samples_seen: Count
     happened_batch_size: PositiveCount
+    """In shadow mode the trainer's, which no decision changes."""
     replayed_batch_size: PositiveCount
     replayed_reason: Reason
     replayed_explanation: str
@@ -144,6 +197,7 @@ class ReplayReport(FrozenModel):
     """
 
     policy: AnyPolicyConfig
+    """The one that was asked, or the last one in force."""
     rows: tuple[ReplayedRow, ...]
     """Of the path that led to the last measurement: what a restart undid is left out."""
     num_compared: Count
@@ -199,6 +253,7 @@ def compare_log(
     fold = _Fold(config, resume_steps=resume_steps, follow_trainer=follow_trainer, policy=policy)
     rows: list[ReplayedRow] = []
     num_compared = num_equal = 0
+    told = config.mode == "active"
     for event, before in log:
         decision = fold.after(event)
         if isinstance(event, Resumed):
@@ -212,7 +267,7 @@ def compare_log(
                     attempt=event.attempt,
                     optimizer_step=event.optimizer_step,
                     samples_seen=event.samples_seen,
-                    happened_batch_size=before.plan.global_batch_size if before else event.global_batch_size,
+                    happened_batch_size=before.plan.global_batch_size if before and told else event.global_batch_size,
                     replayed_batch_size=decision.plan.global_batch_size,
                     replayed_reason=decision.reason,
                     replayed_explanation=decision.explanation,
@@ -220,32 +275,14 @@ def compare_log(
                     equal=None if before is None else before == decision,
                 )
             )
-    steps = _steps(config, rows)
-    happened = rows[-1].optimizer_step if rows else 0
+    happened, replayed = (rows[-1].optimizer_step, fold.steps) if rows else (0, 0)
     return ReplayReport(
-        policy=policy or config.policy,
+        policy=fold.policy,
         rows=tuple(rows),
         num_compared=num_compared,
         num_equal=num_equal,
         samples=rows[-1].samples_seen if rows else 0,
         happened_steps=happened,
-        replayed_steps=steps,
-        steps_saved=happened - steps,
+        replayed_steps=replayed,
+        steps_saved=happened - replayed,
     )
-
-
-def _steps(config: RunSpecification, rows: Sequence[ReplayedRow]) -> int:
-    """Optimizer steps to the last row's samples, each decision in force from its effective step on."""
-    steps, samples, waiting = 0.0, 0, 0
-    in_force = planned = config.batch.global_batch_size
-    for row in rows:
-        fresh = row.samples_seen - samples
-        delayed = min(waiting, fresh)
-        steps += delayed / in_force + (fresh - delayed) / planned
-        samples, waiting = row.samples_seen, waiting - delayed
-        if not waiting:
-            in_force = planned
-        if row.replayed_batch_size != planned:
-            planned = row.replayed_batch_size
-            waiting = waiting or (config.batch.effective_step(row.optimizer_step) - row.optimizer_step) * in_force
-    return round(steps)

@@ -70,10 +70,11 @@ class RunSpecification(FrozenModel):
         check_policy(self.policy, self.facts)
         geometries = [group.geometry for group in self.parameter_groups]
         wanted = self.policy.geometry
-        if wanted is not None and geometries and wanted not in geometries:
+        # The l2 norm can be measured of any group, whatever its own geometry is.
+        if wanted not in (None, "euclidean") and geometries and wanted not in geometries:
             raise ValueError(
-                f"the policy follows geometry {wanted!r}, and no parameter group has it; "
-                f"groups have {', '.join(sorted(set(geometries)))}."
+                f"the policy follows geometry {wanted!r}, and no parameter group has it; groups have "
+                f"{', '.join(sorted(set(geometries)))}. Name one of these, or 'euclidean', or set geometry to null."
             )
         check_gains(self.policy, self.facts, geometries)
         return self

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import from_json
 
 from gns_controller.core.policies import AnyPolicyConfig
+from gns_controller.core.policies.documents import Fault, faults_of
 from gns_controller.web.problems import (
     INVALID_INPUT,
     MALFORMED_JSON,
@@ -40,6 +41,15 @@ def json_body(model: type[Model]) -> Callable[[Request], Coroutine[Any, Any, Mod
             raise _problem(document, error) from None
 
     return read
+
+
+async def whole_policy(request: Request) -> AnyPolicyConfig:
+    """A dependency that reads the body as a policy: what it leaves out takes its default, null is null."""
+    document = await _document(request, _JSON)
+    try:
+        return _POLICY.validate_python(document)
+    except ValidationError as error:
+        raise _problem(document, error) from None
 
 
 async def merge_patch(request: Request) -> dict[str, Any]:
@@ -91,8 +101,7 @@ async def _document(request: Request, media_types: tuple[str, ...]) -> Any:
 
 
 def _problem(document: Any, error: ValidationError) -> ProblemError:
-    details = error.errors(include_url=False, include_context=True, include_input=False)
-    errors = [FieldProblem(pointer=_pointer(document, detail), detail=_sentence(detail)) for detail in details]
+    errors = [FieldProblem(pointer=_pointer(document, fault), detail=fault.sentence) for fault in faults_of(error)]
     return ProblemError(INVALID_INPUT, f"The body has {len(errors)} fault(s); see `errors`.", errors=errors)
 
 
@@ -104,30 +113,16 @@ def _require_json(request: Request, media_types: tuple[str, ...]) -> None:
         raise ProblemError(UNSUPPORTED_MEDIA_TYPE, "Send the body without Content-Encoding.")
 
 
-def _pointer(document: Any, error: ErrorDetails) -> str:
+def _pointer(document: Any, fault: Fault) -> str:
     """RFC 6901. Pydantic's location also names the chosen policy of the union, which the body does not have there."""
     pointer, here, told = "", document, None
-    location = error["loc"]
-    for index, part in enumerate(location):
+    for index, part in enumerate(fault.location):
         if isinstance(here, dict) and here is not told and here.get("policy") == part:
             told = here
             continue
         found = part in here if isinstance(here, dict) else isinstance(here, list) and part in range(len(here))
         if found:
             here = here[part]
-        if found or (error["type"] == "missing" and index == len(location) - 1):
+        if found or (fault.is_missing and index == len(fault.location) - 1):
             pointer += "/" + str(part).replace("~", "~0").replace("/", "~1")
     return pointer[:_LONGEST_POINTER]
-
-
-def _sentence(error: ErrorDetails) -> str:
-    """Pydantic's message, without what was sent."""
-    context = error.get("ctx", {})
-    match error["type"]:
-        case "union_tag_invalid":
-            return f"Should be one of {context.get('expected_tags')}"
-        case "union_tag_not_found":
-            return f"Needs the field {context.get('discriminator')}"
-        case "extra_forbidden":
-            return "Unknown field"
-    return error["msg"]

@@ -41,7 +41,7 @@ from gns_controller.core.policies.lengths import counts_tokens
 from gns_controller.core.policies.linear_ramp import LinearRampPolicyConfig
 from gns_controller.core.policies.noise_scale import NoiseScalePolicyConfig
 from gns_controller.core.policies.norm_test import NormTestPolicyConfig
-from gns_controller.core.policies.observing import adopt, observe
+from gns_controller.core.policies.observing import adopt, observe, timed_on_these_ranks
 from gns_controller.core.policies.progress import ProgressPolicyConfig
 from gns_controller.core.policies.stages import Stage, StagesPolicyConfig
 from gns_controller.core.smoothing import NOTHING_SEEN, Judgement
@@ -193,9 +193,10 @@ def decide(
             would have done on a recording made under another one (replay).
         override: an operator's word, above the policy and its guards.
     """
+    state = timed_on_these_ranks(state, measurement)
     if follow_trainer:
         state = adopt(state, measurement, facts=facts)
-    state, learned = observe(config, state, measurement)
+    state, learned = observe(config, state, measurement, facts=facts)
     judged = state.smoothed.judged() if state.smoothed else NOTHING_SEEN
     return propose_and_conclude(
         config,
@@ -225,14 +226,18 @@ def propose_and_conclude(
     if override is not None:
         proposal = _overridden(override, situation)
     elif learned != "hold" and not isinstance(config, OPEN_LOOP):
-        because = {
-            "hold_not_finite": "this reading is not finite and is left out",
-            "hold_no_reading": f"this report holds no {config.estimator} reading that this policy follows",
-        }[learned]
-        proposal = Proposal(None, learned, because)
+        proposal = guarded(config, situation, Proposal(None, learned, _nothing_learned(config, measurement, learned)))
     else:
         proposal = guarded(config, situation, _PROPOSE[type(config)](config, situation))
     return conclude(situation, proposal, policy=config.policy, policy_revision=policy_revision)
+
+
+def _nothing_learned(config: AnyPolicyConfig, measurement: NoiseScaleMeasurement, reason: Reason) -> str:
+    if reason == "hold_not_finite":
+        return "this reading is not finite and is left out"
+    if not measurement.readings:
+        return "a progress report, nothing was measured at this step"
+    return f"this report holds no {config.estimator} reading that this policy follows"
 
 
 def _overridden(override: Override, situation: Situation) -> Proposal:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gns_controller.core.aggregation import Aggregation
 from gns_controller.core.batch_arithmetic import BatchRules
@@ -28,6 +28,8 @@ from gns_controller.core.contract import (
     Span,
 )
 from gns_controller.core.smoothing import Judgement, SignedAverage, SmoothedNoiseScale
+
+_OF_BEFORE = frozenset({"timed_steps", "timed_seconds"})
 
 
 class Guards(FrozenModel):
@@ -125,10 +127,19 @@ class PolicyState(FrozenModel):
     """Ascending in batch, the smallest 32."""
     last_step: Count = 0
     """optimizer_step of the last measurement."""
-    timed_steps: Count = 0
-    """Optimizer steps whose duration is known."""
-    timed_seconds: FiniteFloat = 0.0
-    """Duration of those steps, measuring left out."""
+    data_parallel_size: PositiveCount | None = None
+    """Ranks of the last measurement; `timings` are theirs."""
+    seconds_saved: FiniteFloat | None = None
+    """Time that the batch of the start would have taken for the same samples, less the time taken; measuring left out.
+    None until a step of that batch was timed; where none was on the present ranks nothing is added."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_the_times_of_before(cls, document: Any) -> Any:
+        """States were stored with totals of all timed steps, from which no saving follows."""
+        if isinstance(document, dict) and not _OF_BEFORE.isdisjoint(document):
+            return {name: value for name, value in document.items() if name not in _OF_BEFORE}
+        return document
 
 
 class RunFacts(NamedTuple):

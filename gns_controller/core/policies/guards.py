@@ -3,6 +3,7 @@
 They are asked in one order, and the last one that changes the wish gives the reason: warmup, decay, monotone,
 hysteresis, dwell; the lowest of growth cap, growth per sample and budget; minimum, maximum, whole factors, deadband.
 Neither rounding nor the minimum lifts a growth above the caps, and where no batch is left between them the run holds.
+A batch above the maximum is a wish for the maximum, whatever the policy has to say, unless it never shrinks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def guarded(guards: Guards, situation: Situation, proposal: Proposal) -> Proposa
     """The proposal after all guards; its batch_size, if any, is reachable and differs from the present batch."""
     measurement = situation.measurement
     current, wish = situation.batch_size, proposal.requested_batch_size
+    proposal = _below_maximum(guards, current, proposal)
     if proposal.reason in ("hold", "hold_no_reading", "hold_not_finite", "override") and proposal.batch_size is None:
         return proposal
     if guards.warmup and not guards.warmup.passed(steps=measurement.optimizer_step, samples=measurement.samples_seen):
@@ -79,6 +81,17 @@ def guarded(guards: Guards, situation: Situation, proposal: Proposal) -> Proposa
     return Proposal(batch_size, reason, because, wish)
 
 
+def _below_maximum(guards: Guards, current: int, proposal: Proposal) -> Proposal:
+    """A batch above the maximum is brought down to it, whether or not the policy has a wish; or stays if monotone."""
+    most, wanted = guards.maximum_batch_size, proposal.batch_size
+    if most is None or current <= most or guards.monotone:
+        return proposal
+    if wanted is not None and wanted < most and wanted * guards.hysteresis <= current:
+        return proposal
+    because = f"{proposal.because}, but {current} is above the maximum of {most}"
+    return proposal._replace(batch_size=float(most), reason="capped_max", because=because)
+
+
 def _decays(guards: Guards, situation: Situation) -> bool:
     # A schedule factor that is no number counts as decay: there is no growing on what is not known.
     return guards.decay != "follow" and not situation.decay >= guards.decay_below
@@ -96,7 +109,7 @@ def _held(guards: Guards, situation: Situation, wanted: float) -> tuple[Reason, 
     if raised < current:
         if guards.monotone:
             return "hold_monotone", "and this run never shrinks"
-        if wanted * guards.hysteresis > current:
+        if wanted * guards.hysteresis > current and current <= (guards.maximum_batch_size or current):
             return "hold_hysteresis", f"not yet below {current} / {guards.hysteresis:g}"
     bounded = min(raised, float(guards.maximum_batch_size or LARGEST_BATCH_SIZE))
     if (
@@ -127,7 +140,9 @@ def _growth_limit(guards: Guards, situation: Situation) -> tuple[float, Reason]:
         if rate < limit:
             limit, limited_by = rate, "capped_rate"
     if guards.min_steps_left is not None and facts.budget_samples is not None:
-        budget = float(max(facts.budget_samples - measurement.samples_seen, 0) // guards.min_steps_left)
+        step = measurement.optimizer_step
+        seen_there = measurement.samples_seen + (facts.rules.effective_step(step) - step) * current
+        budget = float(max(facts.budget_samples - seen_there, 0) // guards.min_steps_left)
         if budget < limit:
             limit, limited_by = budget, "capped_budget"
     return max(limit, float(current)), limited_by

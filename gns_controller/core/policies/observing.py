@@ -18,6 +18,16 @@ _LARGEST_AVERAGED = 1e150
 """As for readings: averages keep squares."""
 
 
+def timed_on_these_ranks(state: PolicyState, measurement: NoiseScaleMeasurement) -> PolicyState:
+    """Forget the step times of other ranks: the same batch takes another time there."""
+    plan, ranks = state.plan, state.data_parallel_size
+    if ranks is None:  # nothing measured yet, or stored before states knew it
+        ranks = plan.global_batch_size // (plan.micro_batch_size * plan.gradient_accumulation_steps)
+    if not state.timings or ranks == measurement.data_parallel_size:
+        return state
+    return state.model_copy(update={"timings": ()})
+
+
 def adopt(state: PolicyState, measurement: NoiseScaleMeasurement, *, facts: RunFacts) -> PolicyState:
     """Believe the trainer about the batch that is in force.
 
@@ -59,10 +69,6 @@ def adopt(state: PolicyState, measurement: NoiseScaleMeasurement, *, facts: RunF
             "changed_at_samples": measurement.samples_seen,
             "curve": (),
         }
-    if measurement.data_parallel_size * plan.micro_batch_size * plan.gradient_accumulation_steps != (
-        plan.global_batch_size
-    ):
-        changes["timings"] = ()  # the same batch takes another time on other ranks
     return state.model_copy(update=changes)
 
 
@@ -94,9 +100,11 @@ def followed_readings(config: PolicyConfig, measurement: NoiseScaleMeasurement) 
     return [] if weighted is None else [weighted]
 
 
-def observe(config: PolicyConfig, state: PolicyState, measurement: NoiseScaleMeasurement) -> tuple[PolicyState, Reason]:
+def observe(
+    config: PolicyConfig, state: PolicyState, measurement: NoiseScaleMeasurement, *, facts: RunFacts
+) -> tuple[PolicyState, Reason]:
     """Update everything. The reason is "hold" where there was a reading to learn from, else why there was not."""
-    learned = _clockwork(state, measurement)
+    learned = _clockwork(state, measurement, facts)
     readings = followed_readings(config, measurement)
     if not readings:
         return state.model_copy(update=learned), "hold_no_reading"
@@ -119,18 +127,30 @@ def observe(config: PolicyConfig, state: PolicyState, measurement: NoiseScaleMea
     return state.model_copy(update=learned), "hold"
 
 
-def _clockwork(state: PolicyState, measurement: NoiseScaleMeasurement) -> dict[str, object]:
-    """Peak of the schedule and step times: learned from every measurement, with readings or without."""
-    learned: dict[str, object] = {"last_step": measurement.optimizer_step}
+def _clockwork(state: PolicyState, measurement: NoiseScaleMeasurement, facts: RunFacts) -> dict[str, object]:
+    """Peak of the schedule, step times and what they saved: of every measurement, with readings or without.
+
+        seconds saved += steps * (B / B0 * t0 - t)          t: of a step at batch B; t0: at the batch B0 of the start
+
+    Exactly 0 at B0, whatever the average t0 of its steps says of these.
+    """
+    learned: dict[str, object] = {
+        "last_step": measurement.optimizer_step,
+        "data_parallel_size": measurement.data_parallel_size,
+    }
     factor = measurement.schedule_factor
     if math.isfinite(factor) and factor > state.peak_schedule_factor:
         learned["peak_schedule_factor"] = factor
     seconds = measurement.step_seconds
     if seconds is not None and _STEP_SECONDS[0] <= seconds <= _STEP_SECONDS[1]:
-        steps = max(measurement.optimizer_step - state.last_step, 0)
-        learned["timings"] = _timed(state.timings, measurement.global_batch_size, seconds)
-        learned["timed_steps"] = state.timed_steps + steps
-        learned["timed_seconds"] = state.timed_seconds + steps * seconds
+        batch_size, first = measurement.global_batch_size, facts.rules.global_batch_size
+        timings = _timed(state.timings, batch_size, seconds)
+        learned["timings"] = timings
+        constant = next((timing.step_seconds for timing in timings if timing.global_batch_size == first), None)
+        if constant is not None:
+            steps = max(measurement.optimizer_step - state.last_step, 0)
+            saved = 0.0 if batch_size == first else steps * (batch_size / first * constant - seconds)
+            learned["seconds_saved"] = (state.seconds_saved or 0.0) + saved
     return learned
 
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from gns_controller.core.batch_arithmetic import factor_batch
+from gns_controller.core.batch_arithmetic import factor_batch, floor_to_reachable
 from gns_controller.core.contract import Decision, NoiseScaleMeasurement, Reason
 from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import AnyPolicyConfig, PolicyState, decide, initial_state
@@ -79,12 +79,30 @@ def check_change(run: RunSpecification, before: PolicyState, found: NoiseScaleMe
     assert decision.reason != "shrink"
     assert policy.growth_cap is None or new <= policy.growth_cap * old
     if policy.samples_per_doubling is not None:
-        assert new <= old * 2 ** ((found.samples_seen - changed_at) / policy.samples_per_doubling) * (1 + 1e-12)
+        doublings = (found.samples_seen - changed_at) / policy.samples_per_doubling
+        assert new <= old * 2 ** min(doublings, 1000) * (1 + 1e-12)  # 2^1000: a number, and above every batch
     if policy.min_steps_left is not None:
-        assert (run.budget_samples - found.samples_seen) // new >= policy.min_steps_left
+        seen_there = found.samples_seen + (decision.plan.effective_step - found.optimizer_step) * old
+        assert (run.budget_samples - seen_there) // new >= policy.min_steps_left
     peak = max(before.peak_schedule_factor, found.schedule_factor if math.isfinite(found.schedule_factor) else 0.0)
     if policy.decay == "freeze" and peak > 0:
         assert found.schedule_factor / peak >= policy.decay_below
+
+
+def check_maximum(run: RunSpecification, found: NoiseScaleMeasurement, decision: Decision) -> None:
+    """Where nothing may stand in between, and the ranks can make such a batch."""
+    policy, rules = run.policy, run.batch
+    most = policy.maximum_batch_size
+    waits = policy.monotone or policy.warmup or policy.dwell or policy.deadband or policy.integer_factors
+    if most is None or waits or policy.minimum_batch_size is not None:
+        return
+    below = floor_to_reachable(
+        most,
+        micro_batch_size=rules.micro_batch_size,
+        data_parallel_size=found.data_parallel_size,
+        micro_batch_granularity=rules.micro_batch_granularity,
+    )
+    assert decision.plan.global_batch_size <= most or below > most
 
 
 def check_plan(run: RunSpecification, decision: Decision) -> None:
@@ -115,6 +133,7 @@ def test_every_change_respects_every_guard_and_says_so_in_finite_words(
         if decision.plan.global_batch_size != decision.previous_batch_size:
             check_change(run, before, found, decision)
         assert decision.plan == after.plan
+        check_maximum(run, found, decision)
         check_plan(run, decision)
         check_words(decision)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_json_and_toml_read_alike() -> None:
         (f'policy = "hold"\nmaximum_batch_size = {"9" * 5000}', "no TOML document"),
         ('{"a":' * 100_000, "no JSON document"),
         ('{"policy": "fastest"}', "policy: .*noise_scale"),
-        ('{"policy": "noise_scale", "theta": 1}', "theta: Extra inputs"),
+        ('{"policy": "noise_scale", "theta": 1}', "theta: Unknown field"),
         ('{"policy": "noise_scale", "noise_tolerance": 0, "growth_cap": 1}', "growth_cap: .*; noise_tolerance: "),
         ('{"policy": "noise_scale", "growth_cap": NaN}', "growth_cap"),
         ('{"policy": "noise_scale", "noise_tolerance": 1e-200}', "noise_tolerance"),  # its square is 0
@@ -45,3 +46,41 @@ def test_json_and_toml_read_alike() -> None:
 def test_what_is_wrong_is_named(text: str, match: str) -> None:
     with pytest.raises(InvalidInputError, match=match):
         read_policy(text)
+
+
+@pytest.mark.parametrize(
+    ("document", "told"),
+    [
+        ({"policy": "noise_scale", "theta": 1}, "theta: Unknown field."),
+        ({"policy": "hold", "warmup": {"step": 3}, "theta": 1}, "warmup.step: Unknown field; theta: Unknown field."),
+        ({}, "Needs the field 'policy'."),
+        (
+            {"policy": "stages", "stages": [{"from_sample": 1, "global_batch_size": 2}]},
+            "stages.0.from_sample: Unknown field.",
+        ),
+        (
+            {"policy": "stages", "stages": [{"from_samples": 1}]},
+            "stages.0: give either global_batch_size or global_batch_tokens, exactly one of them.",
+        ),
+        (
+            {"policy": "linear_ramp", "global_batch_size": 8},
+            "give either ramp_samples or ramp_tokens, exactly one of them.",
+        ),
+        ({"policy": "stages", "stages": []}, "stages: Tuple should have at least 1 item after validation, not 0."),
+        ({"policy": "stages"}, "stages: Field required."),
+    ],
+)
+def test_the_sentence_about_it_says_each_fault_once(document: Any, told: str) -> None:
+    with pytest.raises(InvalidInputError) as raised:
+        read_policy(json.dumps(document))
+    assert str(raised.value) == f"the policy document is not a policy: {told}"
+
+
+def test_an_unknown_policy_is_answered_with_those_that_there_are() -> None:
+    with pytest.raises(InvalidInputError) as raised:
+        read_policy('policy = "fastest"')
+    sentence = str(raised.value)
+    assert sentence.startswith(
+        "the policy document is not a policy: The field 'policy' should be one of 'hold', 'stages', "
+    )
+    assert sentence.endswith("'goodput'.")

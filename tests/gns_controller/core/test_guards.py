@@ -103,6 +103,18 @@ def test_enough_steps_are_left_to_the_end() -> None:
     assert outcomes(wishing(8, min_steps_left=50_000)) == [(8, "shrink")]
 
 
+@pytest.mark.parametrize(("delay", "interval"), [(0, 1), (1, 1), (5, 1), (1, 50)])
+def test_enough_steps_are_left_where_the_growth_comes_into_force(delay: int, interval: int) -> None:
+    rules = {"micro_batch_size": 1, "decision_delay_steps": delay, "plan_interval_steps": interval}
+    [decision] = decisions(
+        wishing_policy(min_steps_left=100), [measurement(51, reading(noise_scale=1e5))], budget_samples=20_000, **rules
+    )
+    seen_there = 16 * decision.plan.effective_step
+    # Passes of 2: the largest batch that leaves 100 whole steps, and no smaller one.
+    assert decision.plan.global_batch_size == (20_000 - seen_there) // 100 // 2 * 2
+    assert decision.reason == "capped_budget"
+
+
 def test_bounds_hold() -> None:
     assert outcomes(wishing(500, 500, maximum_batch_size=50)) == [(50, "capped_max"), (50, "capped_max")]
     assert outcomes(wishing(4, 4, minimum_batch_size=10)) == [(10, "raised_to_min"), (10, "raised_to_min")]

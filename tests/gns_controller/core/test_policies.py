@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gns_controller.core.aggregation import Aggregation
-from gns_controller.core.batch_arithmetic import BatchRules, factor_batch
+from gns_controller.core.batch_arithmetic import factor_batch
 from gns_controller.core.contract import Decision, ParameterGroup, Span
 from gns_controller.core.policies import (
+    AnyPolicyConfig,
     HoldPolicyConfig,
+    InnerProductTestPolicyConfig,
     NoiseScalePolicyConfig,
+    NormTestPolicyConfig,
     Stage,
     StagesPolicyConfig,
 )
@@ -122,16 +125,43 @@ def test_the_service_follows_the_trainer_where_an_asked_replay_follows_itself() 
     assert followed[-1].previous_batch_size == 16
 
 
-def test_a_policy_that_follows_a_missing_geometry_is_refused_with_what_there_is() -> None:
-    group = ParameterGroup(name="all", geometry="sign", optimizer="Signum", num_tensors=1, num_parameters=1)
-    with pytest.raises(ValidationError, match="no parameter group has it; groups have sign"):
-        RunSpecification(
-            batch=BatchRules(global_batch_size=16, micro_batch_size=8),
-            data_parallel_size=2,
-            budget_samples=1000,
-            parameter_groups=(group,),
-            policy=NoiseScalePolicyConfig(geometry="spectral"),
+def with_groups(policy: AnyPolicyConfig, *geometries: str) -> RunSpecification:
+    groups = [
+        ParameterGroup.model_validate(
+            {"name": geometry, "geometry": geometry, "optimizer": "Muon", "num_tensors": 1, "num_parameters": 1}
         )
+        for geometry in geometries
+    ]
+    return specification(policy, parameter_groups=tuple(groups))
+
+
+def test_a_policy_that_follows_a_missing_geometry_is_refused_with_what_there_is_and_a_way_out() -> None:
+    wanted = r"groups have sign\. Name one of these, or 'euclidean', or set geometry to null\."
+    with pytest.raises(ValidationError, match="no parameter group has it; " + wanted):
+        with_groups(NoiseScalePolicyConfig(geometry="spectral"), "sign")
+
+
+def test_any_run_may_get_a_euclidean_policy_and_holds_until_that_is_measured() -> None:
+    """As `attach` takes it: readings in the l2 norm come with the next attach."""
+    for policy in (
+        NormTestPolicyConfig(),
+        InnerProductTestPolicyConfig(),
+        NoiseScalePolicyConfig(geometry="euclidean"),
+    ):
+        run = with_groups(policy, "spectral", "sign")
+        [held] = replay(run, [measurement(1, reading(noise_scale=400.0, geometry="spectral", estimator="split"))])
+        assert (held.reason, held.plan.global_batch_size) == ("hold_no_reading", 16)
+        assert RunSpecification.model_validate_json(run.model_dump_json()) == run
+
+
+def test_a_progress_report_is_told_from_one_that_measured_something_else() -> None:
+    policy = NormTestPolicyConfig()
+    progress, other = replay(
+        specification(policy), [measurement(1), measurement(2, reading(noise_scale=9.0, geometry="sign"))]
+    )
+    assert {progress.reason, other.reason} == {"hold_no_reading"}
+    assert progress.explanation == "Keep 16 samples: a progress report, nothing was measured at this step."
+    assert other.explanation == "Keep 16 samples: this report holds no rank_variance reading that this policy follows."
 
 
 readings = st.builds(

@@ -1,4 +1,4 @@
-"""The ramp ahead and what the ramp so far was worth, against arithmetic by hand."""
+"""The ramp ahead, against arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gns_controller.core.batch_arithmetic import BatchRules
+from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable
 from gns_controller.core.contract import Override, Span
 from gns_controller.core.policies import (
     AnyPolicyConfig,
@@ -25,7 +25,6 @@ from gns_controller.core.policies import (
     decide,
     initial_state,
 )
-from gns_controller.core.policies.frame import StepTiming
 from gns_controller.core.projection import (
     NUM_POINTS,
     Projection,
@@ -167,34 +166,69 @@ def test_a_schedule_is_read_linearly_between_its_points() -> None:
     assert schedule_at([0.3], 0.5, 9.0) == 0.3
 
 
-def test_savings_by_hand() -> None:
-    # 100 steps of 16 at 1 s, 50 of 64 at 2 s: 1600 + 3200 samples. Constantly: 300 steps, 300 s.
-    state = initial_state(RULES, data_parallel_size=2).model_copy(
-        update={
-            "timings": (StepTiming(global_batch_size=16, step_seconds=1.0, num_reports=4),),
-            "timed_steps": 150,
-            "timed_seconds": 200.0,
-        }
-    )
-    last = measurement(150, samples=4800)
-    found = savings(state, last, facts=FACTS)
-    assert (found.constant_batch_size, found.constant_steps, found.steps_saved) == (16, 300, 150)
-    assert found.steps_saved_share == 0.5
-    assert found.seconds_saved == 100.0
-    # Two thirds of the steps were timed: the rest went alike.
-    part = state.model_copy(update={"timed_steps": 100, "timed_seconds": 100.0})
-    assert savings(part, last, facts=FACTS).seconds_saved == 150.0
-    untimed = state.model_copy(update={"timings": ()})
-    assert savings(untimed, last, facts=FACTS).seconds_saved is None
-    smaller = savings(state, measurement(600, samples=4800), facts=FACTS)
-    assert (smaller.steps_saved, smaller.steps_saved_share) == (-300, -1.0)
+def test_a_last_step_of_a_few_samples_is_a_step() -> None:
+    left = at_start(HoldPolicyConfig(), samples=BUDGET - 4).steps_left
+    assert (left.expected, left.least, left.most) == (1, 1, 1)
+    assert at_start(HoldPolicyConfig(), samples=BUDGET - 16 * 3 - 1).steps_left.expected == 4
+    # Sums of shares of steps are off in their last bits, and whole steps stay whole.
+    for seen in range(0, 16 * 1000, 16):
+        assert at_start(HoldPolicyConfig(), samples=seen).steps_left.expected == (BUDGET - seen) // 16
+
+
+def test_in_shadow_mode_the_steps_left_are_those_of_the_batch_that_the_trainer_keeps() -> None:
+    policy = StagesPolicyConfig(stages=(Stage(from_samples=0, global_batch_size=128),))
+    state, _ = decide(policy, initial_state(RULES, data_parallel_size=2), measurement(10), facts=FACTS)
+    asked, followed = (project(policy, state, measurement(10), facts=FACTS, shadow=mode) for mode in (True, False))
+    left = asked.steps_left
+    assert (left.expected, left.least, left.most) == ((BUDGET - 160) // 16,) * 3
+    assert followed.steps_left.expected == -(-(BUDGET - 160) // 128)
+    # The ramp that it would have is shown all the same.
+    assert asked.stages == followed.stages
+    assert asked.stages[0].global_batch_size == 128
+
+
+@pytest.mark.parametrize("micro", [1, 3, 8])
+@pytest.mark.parametrize("granularity", [1, 2])
+def test_the_advised_ranks_are_the_most_that_make_the_batch_of_whole_micro_batches(
+    micro: int, granularity: int
+) -> None:
+    """Tried one by one; where no number of ranks does it, the job keeps its own."""
+    num_kept = 0
+    for present in (1, 2, 4, 5):
+        for batch in range(1, 100):
+            rules = BatchRules(global_batch_size=batch, micro_batch_size=micro, micro_batch_granularity=granularity)
+            cut = {"micro_batch_size": micro, "micro_batch_granularity": granularity}
+            if floor_to_reachable(batch, data_parallel_size=present, **cut) != batch:
+                continue
+            fitting = [
+                ranks
+                for ranks in range(1, batch + 1)
+                if ranks * micro <= batch and floor_to_reachable(batch, data_parallel_size=ranks, **cut) == batch
+            ]
+            state = initial_state(rules, data_parallel_size=present)
+            last = measurement(1, batch=batch, ranks=present)
+            for report in (None, last):
+                found = advised_data_parallel_size(state, report, facts=RunFacts(rules))
+                assert found == (fitting[-1] if fitting else present)
+            num_kept += not fitting
+    assert num_kept > 0 or micro == 1
+
+
+def test_advice_in_shadow_mode_is_about_the_batch_that_is_in_force() -> None:
+    rules = BatchRules(global_batch_size=64, micro_batch_size=8)
+    state = initial_state(rules, data_parallel_size=1)
+    last = measurement(1, batch=16, ranks=1)
+    facts = RunFacts(rules)
+    assert advised_data_parallel_size(state, last, facts=facts, shadow=True) == 2
+    assert advised_data_parallel_size(state, last, facts=facts) == 8
+    assert advised_data_parallel_size(state, None, facts=facts, shadow=True) == 8
 
 
 @pytest.mark.parametrize(("batch", "ranks"), [(16, 1), (64, 1), (128, 2), (640, 10)])
 def test_ranks_are_advised_that_fill_whole_micro_batches(batch: int, ranks: int) -> None:
     rules = BatchRules(global_batch_size=batch, micro_batch_size=64)
     state = initial_state(rules, data_parallel_size=1)
-    assert advised_data_parallel_size(state, facts=RunFacts(rules)) == ranks
+    assert advised_data_parallel_size(state, None, facts=RunFacts(rules)) == ranks
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -223,7 +257,7 @@ def test_every_run_has_a_projection(
         left = projection.steps_left
         assert left.least <= left.expected <= left.most
         savings(state, last, facts=facts)
-        assert advised_data_parallel_size(state, facts=facts) >= 1
+        assert advised_data_parallel_size(state, last, facts=facts) >= 1
 
 
 def test_a_policy_that_explores_is_projected_to_explore_once() -> None:
