@@ -85,6 +85,7 @@ TRAINER = {
     "trainer_hooks.reporting": (3, {"torch"}),
     "trainer_hooks.needs": (3, set()),
     "trainer_hooks.measuring": (3.2, {"torch"}),
+    "trainer_hooks.agreeing": (3.2, {"torch"}),
     "trainer_hooks.session": (3.5, {"torch"}),
     "trainer_hooks.integrations": (4, {"torch"}),
     "trainer_hooks": (4, {"torch"}),

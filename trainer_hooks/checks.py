@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -15,12 +16,13 @@ from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable
 from gns_controller.core.contract import BatchPlan, Direction, Estimator, RunId, Span
 from gns_controller.core.errors import InvalidInputError, TooFewGroupsError
 from gns_controller.core.policies import AnyPolicyConfig, PolicyState, initial_state, plan_for
-from gns_controller.core.policies.documents import read_policy, suggested_for
+from gns_controller.core.policies.documents import policy_of, read_policy, suggested_for
 from gns_controller.core.policies.frame import PolicyConfig
+from trainer_hooks.capture import Layout
 from trainer_hooks.collectives import RankGroup
 from trainer_hooks.estimators.spectral import SpectralNorms
-
-logger = logging.getLogger(__name__)
+from trainer_hooks.kinds import innermost, kind_of
+from trainer_hooks.optim.base import MatrixOptimizer
 
 MOST_SIGN_PATTERNS = 63
 
@@ -56,13 +58,7 @@ def as_policy(policy: PolicyGiven | None) -> AnyPolicyConfig | None:
             return read_policy(text)
         except InvalidInputError as error:
             raise InvalidInputError(f"{os.fspath(policy)}: {error}") from None
-    try:
-        found: AnyPolicyConfig = TypeAdapter(AnyPolicyConfig).validate_python(policy)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InvalidInputError(f"policy={policy!r}: {where}: {first['msg']}.") from None
-    return found
+    return policy_of(policy)
 
 
 def agreed_policy(policy: PolicyGiven | None, ranks: RankGroup) -> AnyPolicyConfig | None:
@@ -86,6 +82,49 @@ def agreed_policy(policy: PolicyGiven | None, ranks: RankGroup) -> AnyPolicyConf
     return None if document is None else read_policy(document)
 
 
+def as_optimizers(given: object) -> list[torch.optim.Optimizer]:
+    """One optimizer, or several, as a list.
+
+    Raises:
+        InvalidInputError: neither.
+    """
+    found = [given] if isinstance(given, torch.optim.Optimizer) else given
+    if isinstance(found, Sequence) and found and all(isinstance(each, torch.optim.Optimizer) for each in found):
+        return list(found)
+    what, holder = f"a {type(given).__name__}", given
+    if isinstance(found, Sequence):
+        holder = next((each for each in found if not isinstance(each, torch.optim.Optimizer)), None)
+        what = f"a list with a {type(holder).__name__}" if found else "an empty list"
+    hint = "; give its .optimizers" if hasattr(holder, "optimizers") else ""
+    raise InvalidInputError(f"optimizer: {what} is neither an optimizer nor a list of optimizers{hint}.")
+
+
+def undivided(optimizers: Sequence[torch.optim.Optimizer], layout: Layout) -> list[str]:
+    """Class names of the optimizers of matrices whose work every rank repeats, because none of them got the group."""
+    if layout.name != "DDP" or layout.ranks.size == 1:
+        return []
+    found = [each for each in map(innermost, optimizers) if isinstance(each, MatrixOptimizer)]
+    return list(dict.fromkeys(kind_of(each) for each in found if each._process_group is None))
+
+
+def check_same_state(state: Mapping[str, Any] | None, ranks: RankGroup) -> None:
+    """All ranks resume from one checkpoint, or none does. Call it on every rank, before anything else sees the state.
+
+    Raises:
+        InvalidInputError: they do not; on every rank.
+    """
+    text = "" if state is None else json.dumps(state, sort_keys=True, default=str)
+    step = None if state is None else state.get("optimizer_step")
+    marks = ranks.gather_objects((step, zlib.crc32(text.encode())))
+    other = next((rank for rank, mark in enumerate(marks) if mark != marks[0]), None)
+    if other is not None:
+        first, second = ("none" if marks[rank][0] is None else f"step {marks[rank][0]}" for rank in (0, other))
+        raise InvalidInputError(
+            f"ranks resume from different checkpoints: rank 0 from {first}, rank {other} from {second}. Give each of "
+            "them what state_dict returned, as rank 0 saved it."
+        )
+
+
 def check_state(state: Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """The checkpoint is of this version and of these optimizers."""
     if state.get("version") not in (1, STATE_VERSION):
@@ -101,18 +140,20 @@ def check_state(state: Mapping[str, Any], optimizers: Sequence[torch.optim.Optim
 
 
 def first_state(state: Mapping[str, Any] | None, rules: BatchRules, *, data_parallel_size: int) -> PolicyState:
-    """What the policy remembers at attach: the checkpoint's memory with its plan cut for these ranks, or nothing."""
+    """What the policy remembers at attach: the checkpoint's memory as it is, or nothing.
+
+    Its plan may be one that these ranks cannot make. A service remembers the same, and both take the batch in force
+    from the first report, so that they go on remembering the same; until then the session cuts what it is told.
+    """
     if not state:
         return initial_state(rules, data_parallel_size=data_parallel_size)
-    found = PolicyState.model_validate(state["policy_state"])
-    plan = reachable_plan(found.plan, rules, found, data_parallel_size=data_parallel_size)
-    return found.model_copy(update={"plan": plan})
+    return PolicyState.model_validate(state["policy_state"])
 
 
 def reachable_plan(
     plan: BatchPlan, rules: BatchRules, policy_state: PolicyState, *, data_parallel_size: int
 ) -> BatchPlan:
-    """A checkpoint's plan cut for this number of ranks: the nearest reachable batch below, if the old one is not.
+    """A plan cut for this number of ranks: the nearest reachable batch below, if its own is not. Else the same plan.
 
     Gains by the noise scale are computed again only for another batch; else they stay what they were.
     """
@@ -126,12 +167,6 @@ def reachable_plan(
     if batch_size != plan.global_batch_size:
         judged = policy_state.smoothed.judged() if policy_state.smoothed else None
         noise_scale = None if judged is None or judged.unresolved else judged.noise_scale
-        logger.warning(
-            "batch is not reachable on this many ranks: data_parallel_size=%d global_batch_size=%d->%d",
-            data_parallel_size,
-            plan.global_batch_size,
-            batch_size,
-        )
     return plan_for(
         rules,
         batch_size,

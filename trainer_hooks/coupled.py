@@ -14,14 +14,17 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from gns_controller.core.batch_arithmetic import BetaCoupling, LearningRateCoupling
+from gns_controller.core.batch_arithmetic import BatchRules, BetaCoupling, LearningRateCoupling
 from gns_controller.core.contract import BatchPlan, Geometry
-from gns_controller.core.coupling import default_couplings
+from gns_controller.core.coupling import coupled, default_couplings
 from gns_controller.core.errors import CouplingError, InvalidInputError
 from gns_controller.core.policies import AnyPolicyConfig, RunFacts, check_gains, check_policy
 from trainer_hooks.kinds import innermost, kind_of
 
 _LARGEST_BETA = math.nextafter(1.0, 0.0)
+
+_ALL_NOISE = 1e30
+"""A noise scale, samples, at which gains are the whole powers B / B0 and (B / B0)^(1/2)."""
 
 _BETA_NAMES = ("betas", "beta1", "beta2", "beta3", "shampoo_beta")
 
@@ -176,9 +179,28 @@ class CoupledOptimizers:
 
 def factor_for(optimizer: torch.optim.Optimizer, plan: BatchPlan | None) -> float:
     """What a plan multiplies the scheduled rate of an optimizer with; 1 without a plan."""
-    if plan is None:
-        return 1.0
-    return plan.optimizer_factors.get(kind_of(optimizer), plan.learning_rate_factor)
+    return 1.0 if plan is None else _factor_of(kind_of(optimizer), plan)
+
+
+def _factor_of(name: str, plan: BatchPlan) -> float:
+    """What a plan multiplies the rates of this class of optimizers with."""
+    return plan.optimizer_factors.get(name, plan.learning_rate_factor)
+
+
+def for_fewer_samples(plan: BatchPlan, rules: BatchRules, *, num_samples: int) -> BatchPlan:
+    """The plan with rates and betas of a step that has only so many samples, never larger rates than its own.
+
+    A gain stays what it was, but for what is above n / B0 (adamscale: its root) at n samples: no more is taken without
+    asking for the noise scale, which one rank alone knows.
+    """
+    factor, factors, exponent = coupled(rules, global_batch_size=num_samples, noise_scale=_ALL_NOISE, previous=plan)
+    return plan.model_copy(
+        update={
+            "learning_rate_factor": min(factor, plan.learning_rate_factor),
+            "optimizer_factors": {name: min(each, _factor_of(name, plan)) for name, each in factors.items()},
+            "beta_exponent": exponent,
+        }
+    )
 
 
 def averages_of(kind: str, group: Mapping[str, Any], *, told: Sequence[str] | None = None) -> Betas:

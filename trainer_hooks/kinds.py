@@ -30,8 +30,23 @@ def boundary_interval(optimizers: Sequence[torch.optim.Optimizer]) -> int:
 
     An outer optimizer compares weights over `interval` steps, tells `at_boundary` when it has just done so and
     `num_steps` since.
+
+    Raises:
+        InvalidInputError: several intervals, and the longest is no multiple of the others.
     """
-    return math.lcm(*(int(outer.interval) for outer in _outer_ones(optimizers)))
+    outer_ones = _outer_ones(optimizers)
+    intervals = [int(outer.interval) for outer in outer_ones]
+    common = math.lcm(*intervals)
+    if intervals and common > max(intervals):
+        named = ", ".join(
+            f"{type(outer).__name__} around {kind_of(outer)} every {interval}"
+            for outer, interval in zip(outer_ones, intervals, strict=True)
+        )
+        raise InvalidInputError(
+            f"outer steps come at different steps ({named}), together only every {common} steps, and the batch could "
+            "change no more often: give all the same interval, or the longest a multiple of the others."
+        )
+    return common
 
 
 def check_boundaries(optimizers: Sequence[torch.optim.Optimizer], *, optimizer_step: int) -> None:
@@ -46,7 +61,8 @@ def check_boundaries(optimizers: Sequence[torch.optim.Optimizer], *, optimizer_s
                 f"the run has {optimizer_step} optimizer steps behind it, {optimizer_step % outer.interval} since a "
                 f"multiple of {outer.interval}, and {type(outer).__name__}, whose outer steps come every "
                 f"{outer.interval}, has counted {outer.num_steps}: make it with the interval of its checkpoint and "
-                "load its state_dict before attach, or make it anew for a new run."
+                "load its state_dict before attach; where there was none, start a new run with it, or resume at a "
+                f"multiple of {outer.interval}."
             )
 
 

@@ -1,8 +1,8 @@
 """The one object a training loop holds.
 
-It knows which steps are measured, what every rank's micro-batches are, and which plan is in force. It ends each
-optimizer step: read, clip, step, learning rate, report, agree on the next plan. Long, because the public object with
-its documented arguments is one thing to read.
+It knows which steps are measured and what every rank's micro-batches are. It ends each optimizer step: read, clip,
+step, learning rate, report, agree on the next plan. Long, because the public object with its documented arguments is
+one thing to read.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from gns_controller.core.contract import (
 from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import NoiseScalePolicyConfig, PolicyState, RunFacts
 from gns_controller.core.runs import RunSpecification
+from trainer_hooks.agreeing import Agreement
 from trainer_hooks.batching import SampleStream
 from trainer_hooks.batching.schedule import LearningRateSchedule, sampled
 from trainer_hooks.budget import MeasurementCost
@@ -40,16 +41,24 @@ from trainer_hooks.checks import (
     STATE_VERSION,
     PolicyGiven,
     agreed_policy,
+    as_optimizers,
     check_measurable,
     check_measuring,
     check_names,
+    check_same_state,
     check_state,
     first_state,
-    reachable_plan,
+    undivided,
 )
-from trainer_hooks.client import Controller, Verdict, connect, orders_from, saved_orders
-from trainer_hooks.collectives import broadcast_plan
-from trainer_hooks.coupled import CoupledOptimizers, check_couplings, check_steppable, factor_for, find_couplings
+from trainer_hooks.client import Controller, connect, orders_from
+from trainer_hooks.coupled import (
+    CoupledOptimizers,
+    check_couplings,
+    check_steppable,
+    factor_for,
+    find_couplings,
+    for_fewer_samples,
+)
 from trainer_hooks.estimators.spectral import SpectralNorms
 from trainer_hooks.kinds import boundary_interval, check_boundaries, count_skipped_steps, kind_of
 from trainer_hooks.measuring import Measuring
@@ -94,8 +103,6 @@ class AdaptiveBatch:
         """Everybody who holds a part or a copy of the model."""
         self.run_id = run_id
         self.specification = specification
-        self.plan: BatchPlan = state.plan
-        """In force for the next step, the same on every rank."""
         self.optimizer_step = 0
         self.samples_seen = 0
         self.last_readings: list[GroupReading] = []
@@ -105,12 +112,20 @@ class AdaptiveBatch:
         self._schedule = learning_rate_schedule
         self.max_grad_norm = max_grad_norm
         self.grad_scaler = grad_scaler
-        self._deadline_seconds = decision_deadline_seconds
-        self._on_decision = on_decision
+        self._agreement = Agreement(
+            run_id=run_id,
+            specification=specification,
+            ranks=self.ranks,
+            data_parallel_size=self.data_parallel.size,
+            controller=controller,
+            optimizers=self.optimizers,
+            plan=state.plan,
+            deadline_seconds=decision_deadline_seconds,
+            on_decision=on_decision,
+        )
         self._coupled = CoupledOptimizers(
             self.optimizers, couples_betas=specification.batch.beta_coupling == "half_life"
         )
-        self._due_exchanges: list[int] = []
         self._stopwatch = Stopwatch(self.ranks)
         self._unreported: list[GroupReading] = []
         self._reported_step = 0
@@ -223,7 +238,8 @@ class AdaptiveBatch:
         layout = find_layout(model, process_group)
         policy = agreed_policy(policy, layout.ranks)
         check_names(run, estimators or [], directions or [], policy)
-        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        optimizers = as_optimizers(optimizer)
+        check_same_state(state, layout.ranks)
         if state is not None:
             check_state(state, optimizers)
         data_parallel = layout.data_parallel
@@ -328,6 +344,8 @@ class AdaptiveBatch:
             session._load(state)
         if layout.ranks.rank == 0:
             logger.info("attached: %s", session.describe())
+            for name in undivided(optimizers, layout):
+                logger.info("%s: every rank computes every matrix; process_group=... shares the work", name)
         return session
 
     def describe(self) -> str:
@@ -336,10 +354,12 @@ class AdaptiveBatch:
             f"{group.name} ({group.optimizer} -> {group.geometry}, {len(group.parameters)} tensors)"
             for group in self.groups
         )
+        interval = self.specification.batch.plan_interval_steps
+        outer = f" plan_interval_steps={interval}" if interval > 1 else ""
         return (
             f"run={self.run_id} layout={self.layout.name} data_parallel_size={self.data_parallel.size} "
             f"groups=[{groups}] {self._measuring.describe()} policy={self.specification.policy.policy} "
-            f"global_batch_size={self.plan.global_batch_size} mode={self.specification.mode}"
+            f"global_batch_size={self.plan.global_batch_size}{outer} mode={self.specification.mode}"
         )
 
     # ---------------------------------------------------------------- a whole loop
@@ -350,7 +370,7 @@ class AdaptiveBatch:
         """Optimizer steps until the budget is used up: sampler, accumulation and resume inside.
 
         The order of samples depends on `seed` alone, not on batch sizes, ranks or restarts. The last step shrinks to
-        what is left of the budget.
+        what is left of the budget, and takes the learning rates and betas of so many samples.
 
         Args:
             dataset: map-style: len() and [index], or __getitems__(list of indices).
@@ -370,6 +390,11 @@ class AdaptiveBatch:
                 raise InvalidInputError("call step.apply() at the end of every step.")
 
     # ---------------------------------------------------------------- parts
+
+    @property
+    def plan(self) -> BatchPlan:
+        """In force for the next step, the same on every rank."""
+        return self._agreement.plan
 
     @property
     def groups(self) -> tuple[MeasuredGroup, ...]:
@@ -449,10 +474,18 @@ class AdaptiveBatch:
                 )
         differences.clear()
 
-    def set_learning_rates(self) -> None:
-        """Base learning rate x schedule(samples seen) x plan factor, into every param group; and `set_betas`."""
-        self._coupled.set_learning_rates(self._schedule(self.samples_seen), self._followed_plan)
-        self.set_betas()
+    def set_learning_rates(self, *, num_samples: int | None = None) -> None:
+        """Base learning rate x schedule(samples seen) x plan factor, into every param group; and betas.
+
+        Args:
+            num_samples: of this step over all ranks, where they are fewer than the plan's batch: rates and betas are
+                then coupled to them.
+        """
+        plan = self._followed_plan
+        if plan is not None and num_samples is not None and num_samples < plan.global_batch_size:
+            plan = for_fewer_samples(plan, self.specification.batch, num_samples=num_samples)
+        self._coupled.set_learning_rates(self._schedule(self.samples_seen), plan)
+        self._coupled.set_betas(plan)
 
     def set_betas(self) -> None:
         """With beta_coupling: base beta ^ plan.beta_exponent, into every param group. For schedulers of your own."""
@@ -470,7 +503,6 @@ class AdaptiveBatch:
         Args:
             num_samples: samples of this step over all ranks.
         """
-        rules, before = self.specification.batch, self.plan.global_batch_size
         schedule_factor = self._schedule(self.samples_seen)
         was_measured = self.is_measured
         self.optimizer_step += 1
@@ -484,21 +516,14 @@ class AdaptiveBatch:
             if num_samples != self.plan.global_batch_size:
                 readings = []  # another batch than the plan's: its readings would be taken for the plan's
             cost = self._report(readings, schedule_factor=schedule_factor, measured_seconds=seconds)
-            self._due_exchanges.append(self.optimizer_step + rules.decision_delay_steps)
+            self._agreement.expect(self.optimizer_step)
             self._measuring.settle(
                 cost,
                 optimizer_step=self.optimizer_step,
                 samples_seen=self.samples_seen,
                 batch_size=self.plan.global_batch_size,
             )
-        due = [earliest for earliest in self._due_exchanges if self._is_due(earliest)]
-        if due:  # of those that waited for one boundary the newest has the last word: one exchange, not one for each
-            del self._due_exchanges[: len(due)]
-            self._exchange(due[-1])
-        if self.plan.global_batch_size != before:
-            for optimizer in self.optimizers:
-                if hasattr(optimizer, "on_batch_change"):
-                    optimizer.on_batch_change(global_batch_size=self.plan.global_batch_size, previous=before)
+        self._agreement.settle(self.optimizer_step)
         self._arm()
 
     def report_progress(self) -> None:
@@ -515,31 +540,15 @@ class AdaptiveBatch:
             self._controller.close(deadline_seconds=deadline_seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint, the same on every rank: save it beside model and optimizers. Every rank.
-
-        The policy's memory lives on rank 0 and is broadcast.
-        """
-        message = None
-        if self._controller is not None:
-            pending = self._controller.pending.items()
-            message = {
-                "policy_state": self._controller.state.model_dump(mode="json"),
-                "pending": {step: decision.model_dump(mode="json") for step, decision in pending},
-                "orders": saved_orders(self._controller.orders),
-            }
-        shared = self.ranks.broadcast_message(message)
+        """For the checkpoint, the same on every rank: save it beside model and optimizers. Every rank."""
         return {
             "version": STATE_VERSION,
             "data_parallel_size": self.specification.data_parallel_size,
             "optimizer_step": self.optimizer_step,
             "samples_seen": self.samples_seen,
-            "plan": self.plan.model_dump(mode="json"),
-            "policy_state": shared["policy_state"],
-            "pending": shared["pending"],
-            "orders": shared["orders"],
+            **self._agreement.state_dict(),
             **self._coupled.state_dict(),
             "measuring": self._measuring.state_dict(),
-            "due_exchanges": list(self._due_exchanges),
         }
 
     # ---------------------------------------------------------------- inside
@@ -547,17 +556,11 @@ class AdaptiveBatch:
     def _load(self, state: Mapping[str, Any]) -> None:
         self.optimizer_step = int(state["optimizer_step"])
         self.samples_seen = int(state["samples_seen"])
-        self.plan = reachable_plan(
-            BatchPlan.model_validate(state["plan"]),
-            self.specification.batch,
-            PolicyState.model_validate(state["policy_state"]),
-            data_parallel_size=self.data_parallel.size,
-        )
         self._coupled.load_state_dict(state)
+        self._agreement.load_state_dict(state)
         self._measuring.load_state_dict(
             state["measuring"], optimizer_step=self.optimizer_step, samples_seen=self.samples_seen
         )
-        self._due_exchanges = [int(step) for step in state["due_exchanges"]]
         self._arm()
 
     def _arm(self) -> None:
@@ -598,41 +601,3 @@ class AdaptiveBatch:
             # Only rank 0 is here: raising would leave the others waiting.
             logger.exception("measurement lost, training goes on: run_id=%s step=%d", self.run_id, self.optimizer_step)
         return cost
-
-    def _is_due(self, earliest_step: int) -> bool:
-        """Whether the plan of a measurement, waited for since that step, can come into force now."""
-        rules = self.specification.batch
-        return rules.effective_step(earliest_step - rules.decision_delay_steps) <= self.optimizer_step
-
-    def _exchange(self, earliest_step: int) -> None:
-        """All ranks take rank 0's plan. Rank 0 waits for the controller no longer than the deadline."""
-        proposed: BatchPlan | None = None
-        verdict: Verdict | None = None
-        if self._controller is not None:
-            try:
-                verdict = self._controller.verdict(
-                    optimizer_step=earliest_step - self.specification.batch.decision_delay_steps,
-                    deadline_seconds=self._deadline_seconds,
-                )
-                proposed = verdict.plan
-            except Exception:
-                # Whatever fails here, the other ranks wait in the broadcast: keep the plan and go on.
-                logger.exception("no decision, keeping plan: run_id=%s optimizer_step=%d", self.run_id, earliest_step)
-            if proposed is None or self.specification.mode == "shadow":
-                proposed = self.plan
-        plan = broadcast_plan(self.ranks, current=self.plan, proposed=proposed)
-        if plan.global_batch_size != self.plan.global_batch_size and self.ranks.rank == 0:
-            logger.info(
-                "batch changes: run_id=%s optimizer_step=%d global_batch_size=%d->%d learning_rate_factor=%.4g",
-                self.run_id,
-                self.optimizer_step,
-                self.plan.global_batch_size,
-                plan.global_batch_size,
-                plan.learning_rate_factor,
-            )
-        self.plan = plan
-        if verdict is not None and self._on_decision is not None:
-            try:
-                self._on_decision(verdict.decision, verdict.source)
-            except Exception:
-                logger.exception("on_decision failed, training goes on: run_id=%s", self.run_id)

@@ -51,7 +51,7 @@ class StepSession(Protocol):
     def observe_loss(self, loss: Tensor, *, num_samples: int) -> None: ...  # noqa: D102
     def measure(self) -> Sequence[GroupReading]: ...  # noqa: D102
     def supply_halves(self, *, gradient_scale: Tensor | float) -> None: ...  # noqa: D102
-    def set_learning_rates(self) -> None: ...  # noqa: D102
+    def set_learning_rates(self, *, num_samples: int | None = None) -> None: ...  # noqa: D102
     def advance(self, *, num_samples: int) -> None: ...  # noqa: D102
 
 
@@ -117,7 +117,7 @@ class Step:
                 f"backward saw {self._num_seen} of this rank's {share} samples: take micro-batches one by one, "
                 "call step.backward once for each, and leave none out."
             )
-        session.set_learning_rates()
+        session.set_learning_rates(num_samples=self.global_batch_size)
         scaler = session.grad_scaler
         if scaler is not None:
             for optimizer in session.optimizers:

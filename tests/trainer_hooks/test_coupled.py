@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import BatchPlan, Decision, Override, Span
 from gns_controller.core.errors import CouplingError, InvalidInputError
 from gns_controller.core.policies import (
@@ -22,7 +23,7 @@ from gns_controller.core.policies import (
 from trainer_hooks import AdaptiveBatch, warmup_cosine
 from trainer_hooks.client import Orders
 from trainer_hooks.collectives import plan_checksum
-from trainer_hooks.coupled import CoupledOptimizers, averages_of
+from trainer_hooks.coupled import CoupledOptimizers, averages_of, for_fewer_samples
 from trainer_hooks.optim import Muon
 
 FOUR_TIMES = StagesPolicyConfig(stages=(Stage(from_samples=24, global_batch_size=32),))
@@ -178,9 +179,11 @@ def test_torch_optimizers_of_every_kind_step_with_coupled_betas(kind: str, optio
     model = network()
     adam = getattr(torch.optim, kind)(model.parameters(), lr=1e-3, betas=(0.9, 0.95), **options)
     session = attach([adam], model, beta_coupling="half_life")
-    train(session)
+    *_, (batch, group), (left, last_group) = train(session)
     assert session.plan.beta_exponent == 4
-    assert adam.param_groups[0]["betas"] == (pytest.approx(0.6561), pytest.approx(0.81450625))
+    assert (batch, left) == (32, 16)
+    assert group["betas"] == (pytest.approx(0.6561), pytest.approx(0.81450625))
+    assert last_group["betas"] == (pytest.approx(0.81), pytest.approx(0.9025))  # squares: twice the batch of the start
 
 
 def test_torchs_own_muon_keeps_its_half_life_too() -> None:
@@ -189,6 +192,37 @@ def test_torchs_own_muon_keeps_its_half_life_too() -> None:
     adamw = torch.optim.AdamW(model[2].parameters(), lr=1e-3)
     last = train(attach([muon, adamw], model, beta_coupling="half_life"))[-2]
     assert last[1]["momentum"] == pytest.approx(0.81450625)
+
+
+@pytest.mark.parametrize(
+    ("plan_factor", "num_samples", "adascale"),
+    # A gain of 2.5 at four times the batch of the start: kept as long as the samples alone allow as much.
+    [(2.5, 31, 2.5), (2.5, 20, 2.5), (2.5, 16, 2.0), (2.5, 8, 1.0), (2.5, 2, 0.25), (1.0, 20, 1.0), (1.0, 2, 0.25)],
+)
+def test_a_shorter_step_takes_no_larger_rate_than_its_samples_allow(
+    plan_factor: float, num_samples: int, adascale: float
+) -> None:
+    rules = BatchRules(
+        global_batch_size=8,
+        micro_batch_size=32,
+        learning_rate_coupling="adascale",
+        optimizer_couplings={"AdamW": "sqrt", "Muon": "none", "Adam": "adamscale"},
+    )
+    plan = BatchPlan(
+        version=3,
+        global_batch_size=32,
+        micro_batch_size=32,
+        gradient_accumulation_steps=1,
+        learning_rate_factor=plan_factor,
+        optimizer_factors={"AdamW": 2.0, "Muon": 1.0, "Adam": plan_factor**0.5},
+        effective_step=7,
+    )
+    found = for_fewer_samples(plan, rules, num_samples=num_samples)
+    assert found.learning_rate_factor == pytest.approx(adascale)
+    assert found.optimizer_factors["Adam"] == pytest.approx(adascale**0.5)
+    assert found.optimizer_factors["AdamW"] == pytest.approx((num_samples / 8) ** 0.5)
+    assert found.optimizer_factors["Muon"] == 1
+    assert found.beta_exponent == 1
 
 
 @pytest.mark.parametrize("stop", [1, 2, 5, 9])

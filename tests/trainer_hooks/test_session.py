@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gns_controller.core.contract import Decision, Span
+from gns_controller.core.contract import Decision, Override, Span
 from gns_controller.core.errors import (
     BatchShapeError,
     CouplingError,
@@ -20,6 +20,7 @@ from gns_controller.core.errors import (
 )
 from gns_controller.core.policies import HoldPolicyConfig, NoiseScalePolicyConfig, Stage, StagesPolicyConfig
 from trainer_hooks import AdaptiveBatch, warmup_cosine
+from trainer_hooks.client import Orders
 from trainer_hooks.optim import Muon, Signum
 
 
@@ -89,6 +90,49 @@ def test_a_ramp_changes_batch_and_learning_rate_together_and_ends_on_the_budget(
     schedule = warmup_cosine(budget_samples=600, warmup_samples=90)
     for before, batch, learning_rate in trail[:-1]:
         assert learning_rate == pytest.approx(0.01 * schedule(before) * math.sqrt(batch / 8))
+
+
+@pytest.mark.parametrize(
+    ("coupling", "power"), [("linear", 1.0), ("sqrt", 0.5), ("none", 0.0), ("adamscale", None), (None, 0.5)]
+)
+@pytest.mark.parametrize("leftover", [1, 4, 20, 32])
+def test_the_last_step_takes_rates_and_betas_of_the_samples_it_has(
+    coupling: Any, power: float | None, leftover: int
+) -> None:
+    """A gain stays, here at 1 because no noise scale is resolved, but never above the power of its rule."""
+    model = network()
+    session = attach(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95)),
+        policy=StagesPolicyConfig(stages=(Stage(from_samples=20, global_batch_size=32),)),
+        budget_samples=5 * 8 + 10 * 32 + leftover,
+        learning_rate_schedule=None,
+        learning_rate_coupling=coupling,
+        beta_coupling="half_life",
+    )
+    trail = train(session)
+    assert [batch for _, batch, _ in trail[-2:]] == [32, leftover]
+    [group] = session.optimizers[0].param_groups
+    for _, batch, rate in trail[-2:]:
+        wanted = 0.01 * (batch / 8) ** power if power is not None else 0.01 * min(1.0, (batch / 8) ** 0.5)
+        assert rate == pytest.approx(wanted)
+    assert trail[-1][2] <= trail[-2][2]
+    assert group["betas"] == (pytest.approx(0.9 ** (leftover / 8)), pytest.approx(0.95 ** (leftover / 8)))
+
+
+def test_shadow_mode_leaves_the_rate_of_a_shorter_last_step_alone() -> None:
+    trail = train(attach(network(), mode="shadow", budget_samples=603, learning_rate_schedule=None))
+    assert trail[-1][1:] == (3, 0.01)
+
+
+def test_a_batch_pinned_above_what_is_left_ends_with_the_rate_of_what_is_left() -> None:
+    session = attach(network(), policy=HoldPolicyConfig(), learning_rate_schedule=None, budget_samples=130)
+    trail = train(session, until=4)
+    session._controller.orders = Orders(HoldPolicyConfig(), 1, Override(kind="pin", global_batch_size=320))
+    trail += train(session)
+    assert session.plan.global_batch_size == 320
+    left = 130 - trail[-1][0]
+    assert trail[-1] == (trail[-1][0], left, pytest.approx(0.01 * math.sqrt(left / 8)))
 
 
 def test_unmeasured_steps_train_exactly_as_a_loop_without_us() -> None:

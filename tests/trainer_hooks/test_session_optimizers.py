@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -65,22 +66,117 @@ def test_a_run_that_stopped_between_two_outer_steps_goes_on_as_if_it_had_not() -
 
 @pytest.mark.parametrize(("interval", "counted"), [(4, 1), (4, 3), (7, 2), (4, 0)])
 def test_an_outer_optimizer_that_counted_other_steps_is_refused(interval: int, counted: int) -> None:
-    first_model = network()
-    first_optimizer = Lookahead(Signum(first_model.parameters(), lr=0.01), interval=4)
-    first = attach(first_model, first_optimizer)
+    first = attach(network())
     train(first, until=6)
-    model = network()
-    optimizer = Lookahead(Signum(model.parameters(), lr=0.01), interval=interval)
     for count, accepted in ((counted, False), (6 % interval, True)):
-        saved = copy.deepcopy(first_optimizer.state_dict())
-        for group in saved["param_groups"]:
-            group["outer_num_steps"] = count
-        optimizer.load_state_dict(saved)
+        model = network()
+        optimizer = Lookahead(Signum(model.parameters(), lr=0.01), interval=interval)
+        for _ in range(count):
+            optimizer.step()
+        assert optimizer.num_steps == count
         if accepted:
             attach(model, optimizer, state=first.state_dict())
         else:
             with pytest.raises(InvalidInputError, match=f"6 optimizer steps .* every {interval}, has counted {count}"):
                 attach(model, optimizer, state=first.state_dict())
+
+
+def test_outer_intervals_that_seldom_meet_are_refused_and_others_printed() -> None:
+    model = network()
+    matrix, other = model.parameters()
+
+    def outer(first: int, second: int) -> list[torch.optim.Optimizer]:
+        return [SNOO(Muon([matrix], lr=0.01), interval=first), SNOO(AdamW([other], lr=0.01), interval=second)]
+
+    with pytest.raises(InvalidInputError, match=r"SNOO around Muon .*28, SNOO around AdamW .*27.* every 756 steps"):
+        attach(model, outer(28, 27))
+    for first, second, printed in ((28, 28, " plan_interval_steps=28 "), (5, 10, " plan_interval_steps=10 ")):
+        assert printed in attach(model, outer(first, second)).describe()
+    assert "plan_interval_steps" not in attach(model, outer(1, 1)).describe()
+
+
+@pytest.mark.parametrize(("stop", "accepted"), [(6, False), (7, True), (14, True)])
+def test_an_outer_optimizer_can_be_put_around_at_a_multiple_of_its_interval(stop: int, accepted: bool) -> None:
+    first_model = network()
+    plain = Signum(first_model.parameters(), lr=0.01)
+    first = attach(first_model, plain)
+    train(first, until=stop)
+    model = network()
+    model.load_state_dict(first_model.state_dict())
+    optimizer = SNOO(Signum(model.parameters(), lr=0.01), interval=7)
+    optimizer.load_state_dict(plain.state_dict())
+    if not accepted:
+        with pytest.raises(InvalidInputError, match="or resume at a multiple of 7"):
+            attach(model, optimizer, state=first.state_dict())
+        return
+    resumed = attach(model, optimizer, state=first.state_dict())
+    train(resumed, until=21)
+    assert optimizer.at_boundary
+
+
+Heard = list[tuple[int, int]]
+
+
+def listening(model: nn.Module) -> tuple[Signum, Heard]:
+    """An optimizer, and the list of the batch changes it hears of."""
+    optimizer, heard = Signum(model.parameters(), lr=0.01), Heard()
+    optimizer.on_batch_change = lambda *, global_batch_size, previous: heard.append((previous, global_batch_size))
+    return optimizer, heard
+
+
+# micro_batch_size=8 stands for ranks that cannot make a batch of 12: they make 8.
+def resumed_on_other_ranks(*, stop: int, interval: int | None) -> tuple[AdaptiveBatch, Heard]:
+    models = [network(), network()]
+    (old, _), (new, heard) = (listening(model) for model in models)
+    optimizers: list[torch.optim.Optimizer] = [old, new]
+    if interval is not None:
+        optimizers = [SNOO(each, interval=interval, momentum=0.5, batch_exponent=1.0) for each in (old, new)]
+    first = attach(models[0], optimizers[0], policy=STAGES)
+    train(first, until=stop)
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    return attach(models[1], optimizers[1], policy=STAGES, state=first.state_dict(), micro_batch_size=8), heard
+
+
+def test_an_optimizer_hears_at_attach_of_a_batch_that_these_ranks_cannot_make() -> None:
+    session, heard = resumed_on_other_ranks(stop=8, interval=None)
+    assert session.plan.global_batch_size == 8
+    assert heard == [(12, 8)]
+    train(session, until=session.optimizer_step + 6)
+    assert session.plan.global_batch_size == 8
+    assert heard == [(12, 8)]
+
+
+def test_an_outer_optimizer_at_a_boundary_rescales_its_momentum_at_attach() -> None:
+    """batch_exponent 1: the momentum that was saved times 8 / 12."""
+    session, heard = resumed_on_other_ranks(stop=10, interval=5)
+    assert (session.plan.global_batch_size, heard) == (8, [(12, 8)])
+    straight = network()
+    outer = SNOO(Signum(straight.parameters(), lr=0.01), interval=5, momentum=0.5, batch_exponent=1.0)
+    train(attach(straight, outer, policy=STAGES), until=10)
+    for resumed, uninterrupted in zip(session.model.parameters(), straight.parameters(), strict=True):
+        found = session.optimizers[0].state[resumed]["outer_momentum"]
+        torch.testing.assert_close(found, outer.state[uninterrupted]["outer_momentum"] * (8 / 12))
+
+
+def test_a_cut_between_outer_steps_is_warned_of_and_heard_at_the_next_boundary(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        session, heard = resumed_on_other_ranks(stop=8, interval=5)
+    assert caplog.text.count("global_batch_size=12->8") == 1
+    assert caplog.text.count("between two outer steps") == 1
+    train(session, until=9)
+    saved = session.state_dict()
+    model = network()
+    again, heard_again = listening(model)
+    outer = SNOO(again, interval=5)
+    outer.load_state_dict(copy.deepcopy(session.optimizers[0].state_dict()))
+    second = attach(model, outer, policy=STAGES, state=saved, micro_batch_size=8)
+    assert heard == heard_again == []
+    for each in (session, second):
+        train(each, until=12)
+    assert heard == heard_again == [(12, 8)], "also after a second resume"
 
 
 def test_several_measurements_that_wait_for_one_boundary_cost_one_exchange() -> None:

@@ -101,6 +101,8 @@ class HttpController:
             transport=transport,
             trust_env=False,
         )
+        if (requests := logging.getLogger("httpx")).level == logging.NOTSET:
+            requests.setLevel(logging.WARNING)  # at INFO it writes a line for each request into the job's log
         self._spool = Spool(spool_directory, run_id=run_id, registration=registration)
         self._changed = threading.Condition()
         self._unspooled: deque[NoiseScaleMeasurement] = deque()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -301,3 +302,22 @@ def test_a_line_of_an_old_spool_that_cannot_be_read_keeps_the_file(service: Any,
     client_for(Wire(service.transport), tmp_path).close(deadline_seconds=10)
     assert steps_stored(service) == [(0, 60)]
     assert [path.name for path in folder.iterdir()] == ["an-older-incarnation.unreadable"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(logging.NOTSET, logging.WARNING), (logging.INFO, logging.INFO)])
+def test_requests_are_no_lines_of_the_jobs_log_unless_somebody_wants_them(
+    service: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, before: int, after: int
+) -> None:
+    """httpx logs every request at INFO, which the root logger of most jobs lets through."""
+    requests = logging.getLogger("httpx")
+    kept = requests.level
+    requests.setLevel(before)
+    try:
+        with caplog.at_level(logging.INFO):
+            client = client_for(Wire(service.transport), tmp_path)
+            client.wait_registered(deadline_seconds=10)
+            client.close(deadline_seconds=10)
+        assert requests.level == after
+        assert ("HTTP Request: PUT" in caplog.text) == (after == logging.INFO)
+    finally:
+        requests.setLevel(kept)
