@@ -6,12 +6,22 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from gns_controller.core.errors import InvalidInputError
-from gns_controller.terminal import EXIT_WRONG, AsJson, leave, print_json, sentences
+from gns_controller.terminal import (
+    EXIT_WRONG,
+    AsJson,
+    ahead_text,
+    leave,
+    noise_scale_text,
+    override_text,
+    print_json,
+    savings_text,
+    sentences,
+)
 
 if TYPE_CHECKING:
     from gns_controller.core.policies import AnyPolicyConfig
@@ -45,6 +55,8 @@ def run_ls(
         print(f"{'run':<32} {'state':<10} {'step':>9} {'samples':>12} {'batch':>8}  last decision")
         for item in page["items"]:
             reason = (item["last_decision"] or {}).get("reason", "-")
+            if item["state"] == "finished" and reason == "hold_no_reading":  # of the report at the end of the run
+                reason = "-"
             batch = item["plan"]["global_batch_size"]
             print(
                 f"{item['run_id']:<32} {item['state']:<10} {item['optimizer_step']:>9} {item['samples_seen']:>12} "
@@ -76,7 +88,8 @@ def run_policy(
     assignments: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="Change one field, like noise_tolerance=0.7 or dwell.samples=5000; may be repeated."
+            "--set",
+            help="Change one field, like noise_tolerance=0.7 or dwell.samples=5000; null: its default; repeatable.",
         ),
     ] = None,
     note: Note = "",
@@ -90,15 +103,17 @@ def run_policy(
     with sentences():
         from gns_controller.remote import Remote, run_path
 
-        patch = _assigned(assignments or []) if file is None else _replacement(_policy(file))
+        method = "PATCH" if file is None else "PUT"
+        body = _assigned(assignments or []) if file is None else _policy(file).model_dump(mode="json")
         with Remote(url, token) as remote:
-            if patch:
+            if body:
                 before = remote.get(f"{run_path(run_id)}/policy")["policy"]
-                view = remote.speak("PATCH", run_id, "policy", note=note, body=patch)
+                view = remote.speak(method, run_id, "policy", note=note, body=body)
+                said = _back_at_default(body, view["policy"]) if file is None else []
                 if file is not None or view["policy"]["policy"] != before["policy"]:
                     lost = _no_longer_set(before, view["policy"])
-                    if lost:
-                        print(f"no longer set: {', '.join(lost)}", file=sys.stderr)
+                    said += [f"no longer set: {', '.join(lost)}"] if lost else []
+                _say(said, view)
             else:
                 view = remote.get(f"{run_path(run_id)}/policy")
     _show_policy(view, as_json=as_json)
@@ -127,7 +142,16 @@ def run_override(
             else:
                 body = {"kind": "hold"} if pin is None else {"kind": "pin", "global_batch_size": pin}
                 view = remote.speak("POST", run_id, "override", body={**body, "note": note})
+        _say([], view)
     _show_policy(view, as_json=as_json)
+
+
+def _say(lines: list[str], view: dict[str, Any]) -> None:
+    """What somebody who has just spoken should know."""
+    if view["state"] == "finished":
+        lines = [*lines, "this run is finished: it holds for its next attempt"]
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def _show_policy(view: dict[str, Any], *, as_json: bool) -> None:
@@ -135,22 +159,12 @@ def _show_policy(view: dict[str, Any], *, as_json: bool) -> None:
         print_json(view)
         return
     with sentences():
-        override = view["override"]
-        said = "none"
-        if override is not None:
-            said = "hold" if override["kind"] == "hold" else f"pin {override['global_batch_size']} samples"
-            said += f" ({_printable(override['note'])})" if override["note"] else ""
         print(f"{'run':<22} {view['run_id']}")
         print(f"{'revision':<22} {view['policy_revision']}, {view['changed_at'] or 'as registered'}")
-        print(f"{'override':<22} {said}")
+        print(f"{'override':<22} {override_text(view['override'])}")
         for name, value in view["policy"].items():
             if value is not None:
                 print(f"{name:<22} {value if isinstance(value, str) else json.dumps(value)}")
-
-
-def _printable(text: str) -> str:
-    """What somebody else wrote, without the characters that a terminal obeys."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def _policy(text_or_file: str) -> AnyPolicyConfig:
@@ -191,13 +205,13 @@ def _no_longer_set(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return lost
 
 
-def _replacement(policy: AnyPolicyConfig) -> dict[str, Any]:
-    """Merge patch that leaves nothing of the policy before. Null in it means a field's default."""
-    document = policy.model_dump(mode="json")
-    for name, field in type(policy).model_fields.items():
-        if document[name] is None and field.default is not None:
-            raise InvalidInputError(f"{name} cannot be emptied by a patch: give a number that is never reached.")
-    return document
+def _back_at_default(patch: dict[str, Any], policy: dict[str, Any]) -> list[str]:
+    """What null did: in a change it takes a field back to its default, which need not be null."""
+    return [
+        f"{name} is back at its default, {'none' if policy[name] is None else json.dumps(policy[name])}"
+        for name, value in patch.items()
+        if value is None and name in policy
+    ]
 
 
 def _assigned(assignments: list[str]) -> dict[str, Any]:
@@ -230,14 +244,16 @@ def run_show(
 ) -> None:
     """Show one run with its last decision."""
     with sentences():
-        from gns_controller.remote import Remote, run_path
+        from gns_controller.remote import Remote, decision_shown, run_path
 
         with Remote(url, token) as remote:
             view = remote.get(run_path(run_id))
-    if as_json:
-        print_json(view)
-        return
-    decision = view["last_decision"] or {}
+            if as_json:
+                print_json(view)
+                return
+            projection = remote.get(f"{run_path(run_id)}/schedule")["projection"]
+            decision = decision_shown(remote, view)
+        steps_left, ahead = ("0", "-") if view["state"] == "finished" else ahead_text(projection)
     rows = {
         "run": view["run_id"],
         "state": view["state"],
@@ -246,29 +262,15 @@ def run_show(
         "samples": f"{view['samples_seen']} of {view['specification']['budget_samples']}",
         "batch": f"{view['plan']['global_batch_size']} samples (plan {view['plan']['version']})",
         "policy": f"{view['policy']['policy']} (revision {view['policy_revision']})",
-        "override": json.dumps(view["override"]) if view["override"] else "-",
-        "steps saved": _savings_text(view["savings"]),
-        "noise scale": _noise_scale_text(decision),
+        "override": override_text(view["override"]),
+        "steps left": steps_left,
+        "ahead": ahead,
+        "steps saved": savings_text(view["savings"]),
+        "noise scale": noise_scale_text(decision),
         "last decision": decision.get("explanation", "-"),
     }
     for key, value in rows.items():
         print(f"{key:<16} {value}")
-
-
-def _savings_text(savings: dict[str, Any] | None) -> str:
-    if savings is None:
-        return "-"
-    against = f"{savings['steps_saved']} of {savings['constant_steps']} at {savings['constant_batch_size']} samples"
-    seconds = savings["seconds_saved"]
-    return against if seconds is None else f"{against}, {round(seconds)} seconds"
-
-
-def _noise_scale_text(decision: dict[str, Any]) -> str:
-    value, low, high = (decision.get(name) for name in ("noise_scale", "noise_scale_low", "noise_scale_high"))
-    shown = "-" if value is None else f"{value:.4g} samples"
-    if low is not None:
-        shown += f" ({low:.4g} or more)" if high is None else f" ({low:.4g} to {high:.4g})"
-    return shown + (", unresolved" if decision.get("unresolved") else "")
 
 
 def replay(
@@ -311,6 +313,21 @@ def replay(
         int | None, typer.Option(min=1, help="Samples after which the run ends. [default: where the recording ends]")
     ] = None,
     tokens_per_sample: Annotated[int | None, typer.Option(min=1, help="For tables and policies in tokens.")] = None,
+    geometry: Annotated[
+        Literal["euclidean", "sign", "spectral"] | None,
+        typer.Option(help="Norm of an imported noise scale. [default: spectral]", show_default=False),
+    ] = None,
+    estimator: Annotated[
+        Literal["rank_variance", "split"] | None,
+        typer.Option(
+            help="How an imported noise scale was obtained. [default: split with progress, else rank_variance]",
+            show_default=False,
+        ),
+    ] = None,
+    num_groups: Annotated[
+        int | None,
+        typer.Option(min=2, help="Sample groups behind an imported reading. [default: ranks, at least 2]"),
+    ] = None,
     url: Url = "http://127.0.0.1:8000",
     token: Token = "",
     as_json: AsJson = False,
@@ -321,11 +338,20 @@ def replay(
     """
     with sentences():
         asked = None if policy is None else _policy(policy)
-        from gns_controller.replaying import BatchOptions, is_recording, replay_file, replay_run, table_of
+        from gns_controller.replaying import BatchOptions, is_recording, replay_file, replay_run, table_of, unread
 
-        options = BatchOptions(batch_size, micro_batch_size, data_parallel_size, budget_samples, tokens_per_sample)
+        options = BatchOptions(
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            data_parallel_size=data_parallel_size,
+            budget_samples=budget_samples,
+            tokens_per_sample=tokens_per_sample,
+            geometry=geometry,
+            estimator=estimator,
+            num_groups=num_groups,
+        )
         if is_recording(recording):
-            report, notes = replay_file(
+            report, notes, num_words = replay_file(
                 recording,
                 format=format,
                 columns=_columns(columns),
@@ -338,13 +364,17 @@ def replay(
                 raise InvalidInputError(
                     f"{recording!r} is no file, so it names a run, and a run says itself what the options would say."
                 )
-            report, notes = replay_run(recording, url=url, token=token, policy=asked, follow_trainer=follow_trainer)
+            report, notes, num_words = replay_run(
+                recording, url=url, token=token, policy=asked, follow_trainer=follow_trainer
+            )
+        if as_json and (nothing := unread(report)):
+            notes = [*notes, nothing]
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
-        for line in table_of(report, compared=policy is None):
+        for line in table_of(report, compared=policy is None, num_words=num_words):
             print(line)
     if policy is None and follow_trainer is None and report.num_equal != report.num_compared:
         leave(EXIT_WRONG, "what ran is not repeated: another version of this program decided, or the log was changed.")

@@ -33,8 +33,15 @@ from gns_controller.core.runs import (
     RecordedControl,
     Registration,
     RunSpecification,
+    RunState,
 )
 from gns_controller.store import ControlBody, LogEntry, MeasurementBody, NewEntry, RunHead, Transaction
+
+
+class PolicyAnswer(PolicyView):
+    """Who decides, and whether there is still something to decide: a finished run keeps it for its next attempt."""
+
+    state: RunState
 
 
 class Word(NamedTuple):
@@ -113,12 +120,16 @@ def new_policy(policy: AnyPolicyConfig, *, note: str) -> Speech:
 
 
 def new_override(override: Override) -> Speech:
-    """Pin or hold, in the place of an override that there may be. Refuses a pin that the present ranks cannot make."""
+    """Pin or hold, in the place of an override that there may be.
+
+    Refuses a pin that the present ranks cannot make, and one beyond what is left of the budget.
+    """
 
     def speech(transaction: Transaction, head: RunHead) -> Word:
         if override.global_batch_size is not None:
             if override.global_batch_size > LARGEST_BATCH_SIZE:
                 raise BatchShapeError(f"no batch has more than 2^40 = {LARGEST_BATCH_SIZE} samples.")
+            _refuse_beyond_budget(override.global_batch_size, head)
             rules = head.specification.batch
             factor_batch(
                 override.global_batch_size,
@@ -155,10 +166,11 @@ def check_for(specification: RunSpecification, policy: AnyPolicyConfig) -> None:
         raise InvalidInputError(str(fault.get("ctx", {}).get("error", fault["msg"]))) from None
 
 
-def policy_view(head: RunHead) -> PolicyView:
+def policy_view(head: RunHead, *, state: RunState) -> PolicyAnswer:
     """Who decides."""
-    return PolicyView(
+    return PolicyAnswer(
         run_id=head.run_id,
+        state=state,
         policy=head.policy,
         policy_revision=head.policy_revision,
         override=head.override,
@@ -206,6 +218,19 @@ def replay_event(recorded: RecordedAttempt | RecordedControl) -> Event:
     if isinstance(recorded, RecordedAttempt):
         return Resumed(recorded.resume_step, recorded.data_parallel_size)
     return Controlled(recorded.policy, recorded.policy_revision, recorded.override)
+
+
+def _refuse_beyond_budget(pinned: int, head: RunHead) -> None:
+    """A finished run's word is for its next attempt, which may begin anywhere; so may one without a measurement."""
+    budget, last = head.specification.budget_samples, head.last_measurement
+    left = budget
+    if last is not None and last.attempt == head.attempt and budget - last.samples_seen >= last.data_parallel_size:
+        left = budget - last.samples_seen
+    if pinned > max(left, head.state.plan.global_batch_size):
+        raise BatchShapeError(
+            f"{pinned} samples in one step are more than this run has left: {left} of the {budget} samples of its "
+            f"budget. Pin a smaller batch."
+        )
 
 
 def _present_ranks(transaction: Transaction, head: RunHead) -> int:

@@ -69,7 +69,7 @@ class Remote:
             cursor = {"cursor": page["next_cursor"]}
 
     def speak(self, method: str, run_id: str, what: str, *, note: str = "", body: Any = None) -> dict[str, Any]:
-        """Change a run's policy or override, unless somebody else does meanwhile."""
+        """Change a run's policy or override, unless somebody else does meanwhile; the answer says who decides now."""
         path = run_path(run_id)
         revision = self.get(f"{path}/policy")["policy_revision"]
         return self._request(
@@ -128,6 +128,16 @@ def run_path(run_id: str) -> str:
     return f"/api/v1/runs/{quote(run_id, safe='')}"
 
 
+def decision_shown(remote: Remote, view: dict[str, Any]) -> dict[str, Any]:
+    """The last decision; of a finished run the last one with a reading, for the report at its end has none."""
+    last: dict[str, Any] = view["last_decision"] or {}
+    if view["state"] == "finished" and last.get("reason") == "hold_no_reading":
+        page = remote.get(f"{run_path(view['run_id'])}/decisions", order="desc", limit=100)
+        decisions = (item["decision"] for item in page["items"])
+        return next((decision for decision in decisions if decision["reason"] != "hold_no_reading"), last)
+    return last
+
+
 def exported(remote: Remote, run_id: str) -> Iterator[str]:
     """The lines of a run's export, as it is now: later measurements of a run that goes on are left out."""
     path = run_path(run_id)
@@ -160,6 +170,6 @@ def _in_order(
 def _sentence(problem: dict[str, Any], status: int) -> str:
     errors = problem.get("errors") or []
     if len(errors) == 1 and not (errors[0].get("pointer") or errors[0].get("parameter")):
-        errors = []
+        return f"{str(errors[0]['detail']).removesuffix('.')}."
     named = [f"{error.get('pointer') or error.get('parameter') or 'body'}: {error['detail']}" for error in errors]
     return "; ".join(named) or str(problem.get("detail", f"the controller answered {status}."))

@@ -1,12 +1,16 @@
-"""How every command speaks: exit codes, one sentence for what goes wrong, options that many commands share."""
+"""How every command speaks: exit codes, one sentence for what goes wrong, options that many commands share.
+
+Also what a run's parts read like in one line; they arrive as the JSON of an answer.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -17,6 +21,9 @@ EXIT_USAGE = 2
 EXIT_PORT = 3
 EXIT_DATABASE = 4
 EXIT_DEPENDENCY = 5
+
+_MOST_STAGES = 5
+"""Batches ahead in one line; of more, the first ones and the last."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -49,3 +56,55 @@ def leave(code: int, sentence: str) -> NoReturn:
 def print_json(value: object) -> None:
     """For --json."""
     print(json.dumps(value, indent=2))
+
+
+def printable(text: str) -> str:
+    """What somebody else wrote, without the characters that a terminal obeys."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def override_text(override: dict[str, Any] | None) -> str:
+    """An operator's word, with its note."""
+    if override is None:
+        return "none"
+    said = "hold" if override["kind"] == "hold" else f"pin {override['global_batch_size']} samples"
+    return f"{said} ({printable(override['note'])})" if override["note"] else said
+
+
+def ahead_text(projection: dict[str, Any] | None) -> tuple[str, str]:
+    """Steps left with their interval, and the batches that are expected."""
+    if projection is None:
+        return "-", "-"
+    left = projection["steps_left"]
+    interval = "" if left["least"] == left["most"] else f" ({left['least']} to {left['most']})"
+    stages, changes = projection["stages"], []
+    for before, stage in itertools.pairwise(stages):
+        if stage["global_batch_size"] != before["global_batch_size"]:
+            changes.append((stage["global_batch_size"], stage["samples_seen"]))
+    told = [f"{batch} from {samples}" for batch, samples in changes]
+    if len(told) > _MOST_STAGES:
+        told[_MOST_STAGES - 1 : -1] = ["..."]
+        told[-2:] = [f"... {told[-1]}"]
+    if not told:
+        return f"{left['expected']}{interval}", "no change"
+    batch, samples = changes[0]
+    told[0] = f"{batch} samples from {samples} on"
+    return f"{left['expected']}{interval}", ", ".join(told)
+
+
+def savings_text(savings: dict[str, Any] | None) -> str:
+    """What the ramp so far was worth."""
+    if savings is None:
+        return "-"
+    against = f"{savings['steps_saved']} of {savings['constant_steps']} at {savings['constant_batch_size']} samples"
+    seconds = savings["seconds_saved"]
+    return against if seconds is None else f"{against}, {round(seconds)} seconds"
+
+
+def noise_scale_text(decision: dict[str, Any]) -> str:
+    """Noise scale and interval of a decision."""
+    value, low, high = (decision.get(name) for name in ("noise_scale", "noise_scale_low", "noise_scale_high"))
+    shown = "-" if value is None else f"{value:.4g} samples"
+    if low is not None:
+        shown += f" ({low:.4g} or more)" if high is None else f" ({low:.4g} to {high:.4g})"
+    return shown + (", unresolved" if decision.get("unresolved") else "")

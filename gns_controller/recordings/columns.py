@@ -90,7 +90,8 @@ def column_map(
         )
     if "tokens_seen" in found and defaults.tokens_per_sample is None:
         raise InvalidInputError(
-            f"{source} counts tokens, in {shown(found['tokens_seen'])}: give tokens_per_sample as well."
+            f"{source} counts tokens, in {shown(found['tokens_seen'])}: give tokens_per_sample as well "
+            "(--tokens-per-sample)."
         )
     return found
 

@@ -52,7 +52,8 @@ class ImportDefaults:
     """None: made from the name of the file."""
     estimator: Estimator | None = None
     """None: split where progress is recorded, else rank_variance."""
-    geometry: Geometry = "spectral"
+    geometry: Geometry | None = None
+    """None: spectral."""
     group: str = "imported"
     """Name of the one parameter group."""
     data_parallel_size: int = 1

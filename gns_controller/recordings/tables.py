@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from gns_controller.core.contract import GroupReading, NoiseScaleMeasurement
@@ -186,6 +186,7 @@ class _Measurements:
         self.table, self.found, self.defaults = table, table.found, defaults
         self.run_id = defaults.run_id or run_id_of(name)
         self.estimator = defaults.estimator or ("split" if "progress" in self.found else "rank_variance")
+        self.geometry = defaults.geometry or "spectral"
         self.num_groups = defaults.num_groups or max(2, defaults.data_parallel_size)
         self.counts = table.counts
         self.measurements: list[NoiseScaleMeasurement] = []
@@ -234,7 +235,7 @@ class _Measurements:
             if batch is None:
                 raise InvalidInputError(
                     f"{self.table.source}, optimizer_step {step.optimizer_step}: no batch, and no samples that grow. "
-                    "Give global_batch_size with the defaults, or map it."
+                    "Give global_batch_size with the defaults (--batch-size), or map it."
                 )
             self.counts["mean batch"] += 1
         if samples is None:
@@ -296,7 +297,7 @@ class _Measurements:
         noise, signal, progress = parts
         return GroupReading(
             group=self.defaults.group,
-            geometry=self.defaults.geometry,
+            geometry=self.geometry,
             estimator=self.estimator,
             noise=noise,
             signal=signal,
@@ -328,12 +329,23 @@ class _Measurements:
             return math.nan
         return math.sqrt(square)
 
+    def _assumed(self) -> Iterator[str]:
+        """What holds for every reading because nobody said anything else."""
+        if self.defaults.geometry is None:
+            yield f"geometry {self.geometry}"
+        if self.defaults.estimator is None and "progress" not in self.found:
+            yield f"estimator {self.estimator}"
+        if self.defaults.num_groups is None:
+            yield f"num_groups {self.num_groups}"
+
     def _notes(self) -> list[str]:
         pairs = ", ".join(f"{ours} from {shown(theirs)}" for ours, theirs in self.found.items())
         notes = [f"{pairs}."]
         measured = sum(bool(m.readings) for m in self.measurements)
         if not measured:
             notes.append("no row holds a noise scale: policies that need one will hold.")
+        elif assumed := list(self._assumed()):
+            notes.append(f"assumed: {', '.join(assumed)}.")
         sentences = {
             "without a step": "{} rows have no optimizer_step and are left out.",
             "repeated": "{} rows repeat the step before them with other numbers: the later ones stand.",

@@ -7,9 +7,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
+from gns_controller.core.policies import AnyPolicyConfig
 from gns_controller.web.problems import Problem
 
 _DESCRIPTIONS = {
@@ -66,6 +67,13 @@ def body_of(model: type[BaseModel]) -> dict[str, Any]:
     """Declaration of a JSON body that `json_body(model)` reads."""
     _bodies.append(model)
     schema = {"$ref": f"#/components/schemas/{model.__name__}-Input"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def policy_body() -> dict[str, Any]:
+    """Declaration of a body that is a whole policy; the models behind it are those of `body_of` with a policy."""
+    schema = TypeAdapter(AnyPolicyConfig).json_schema(ref_template="#/components/schemas/{model}-Input")
+    del schema["$defs"]
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 

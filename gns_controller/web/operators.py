@@ -10,13 +10,13 @@ from fastapi import APIRouter, Depends, Header, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from gns_controller.controls import recorded_event
+from gns_controller.controls import PolicyAnswer, recorded_event
 from gns_controller.core.contract import FrozenModel, Override
 from gns_controller.core.errors import BatchShapeError
 from gns_controller.core.policies import AnyPolicyConfig
 from gns_controller.core.replay import ReplayReport
-from gns_controller.core.runs import ControlPage, PolicyView
-from gns_controller.web.bodies import json_body, merge_patch, patched_policy
+from gns_controller.core.runs import ControlPage
+from gns_controller.web.bodies import json_body, merge_patch, patched_policy, whole_policy
 from gns_controller.web.dependencies import (
     CursorQuery,
     OrderQuery,
@@ -26,7 +26,7 @@ from gns_controller.web.dependencies import (
     encode_cursor,
     json_response,
 )
-from gns_controller.web.openapi import body_of, patch_of, problems
+from gns_controller.web.openapi import body_of, patch_of, policy_body, problems
 from gns_controller.web.problems import INVALID_INPUT, REVISION_REQUIRED, FieldProblem, ProblemError
 
 router = APIRouter(prefix="/api/v1", tags=["operators"])
@@ -49,7 +49,9 @@ class ReplayBody(FrozenModel):
     """Take the batch in force from each measurement; null: as it was done for what ran, false for another policy."""
 
 
-@router.get("/runs/{run_id}/policy", response_model=PolicyView, responses={200: dict(_ETAG), **problems(404, 422, 503)})
+@router.get(
+    "/runs/{run_id}/policy", response_model=PolicyAnswer, responses={200: dict(_ETAG), **problems(404, 422, 503)}
+)
 async def show_policy(run_id: RunIdPath, service: ServiceDep) -> Response:
     """Who decides: the policy, its revision, and the override above it."""
     return _answer(await run_in_threadpool(service.controller.policy, run_id))
@@ -57,7 +59,7 @@ async def show_policy(run_id: RunIdPath, service: ServiceDep) -> Response:
 
 @router.patch(
     "/runs/{run_id}/policy",
-    response_model=PolicyView,
+    response_model=PolicyAnswer,
     responses={200: dict(_ETAG), **problems(400, 404, 412, 413, 415, 422, 428, 429, 503)},
     openapi_extra=patch_of("the policy"),
 )
@@ -79,9 +81,29 @@ async def change_policy(
     )
 
 
+@router.put(
+    "/runs/{run_id}/policy",
+    response_model=PolicyAnswer,
+    responses={200: dict(_ETAG), **problems(400, 404, 412, 413, 415, 422, 428, 429, 503)},
+    openapi_extra=policy_body(),
+)
+async def replace_policy(
+    run_id: RunIdPath,
+    policy: Annotated[AnyPolicyConfig, Depends(whole_policy)],
+    service: ServiceDep,
+    if_match: IfMatch = None,
+    note: Note = "",
+) -> Response:
+    """Let this policy decide from the next measurement on. What it leaves out takes its default; null is null."""
+    await run_in_threadpool(service.controller.policy, run_id)
+    _require_revision(if_match)
+    future = service.controller.set_policy(run_id, policy, revisions=_revisions(if_match), note=note)
+    return _answer(await asyncio.wrap_future(future))
+
+
 @router.post(
     "/runs/{run_id}/override",
-    response_model=PolicyView,
+    response_model=PolicyAnswer,
     responses={200: dict(_ETAG), **problems(400, 404, 412, 413, 415, 422, 428, 429, 503)},
     openapi_extra=body_of(Override),
 )
@@ -104,7 +126,7 @@ async def put_override(
 
 @router.delete(
     "/runs/{run_id}/override",
-    response_model=PolicyView,
+    response_model=PolicyAnswer,
     responses={200: dict(_ETAG), **problems(404, 412, 422, 428, 429, 503)},
 )
 async def release_override(
@@ -156,7 +178,7 @@ async def replay(
     return await run_in_threadpool(answer)
 
 
-def _answer(view: PolicyView) -> Response:
+def _answer(view: PolicyAnswer) -> Response:
     return json_response(view, headers={"ETag": f'"{view.policy_revision}"'})
 
 

@@ -11,7 +11,7 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from tests.browser.conftest import Page
-from tests.browser.feeding import WireRun, holding
+from tests.browser.feeding import WireRun, holding, specification
 from tests.running import ControllerProcess
 
 pytestmark = pytest.mark.browser
@@ -171,14 +171,78 @@ def test_a_batch_that_the_ranks_cannot_make_is_refused_at_its_field(
     assert page.seen("#control-batch-fault") == ""
 
 
+def test_a_mistyped_pin_is_one_step_in_the_question_and_refused_at_its_field(
+    page: Page, controller: ControllerProcess, trainer: Trainer
+) -> None:
+    """Two reports of 25 steps of 128 samples leave 6,400 of 12,800."""
+    page.expected_errors = ("422",)
+    trainer("mistyped", specification=holding(budget_samples=12_800)).report(2)
+    open_run(page, controller, "mistyped")
+    ask_to_pin(page, 1024)
+    page.until_seen("Of 12,800 samples 6,400 are left: 7 steps of this batch.", "dialog.ask")
+    answer(page, "Cancel")
+    ask_to_pin(page, 102_400)
+    page.until_seen("Of 12,800 samples 6,400 are left: one step of this batch.", "dialog.ask")
+    answer(page, "Pin 102,400")
+    page.until_seen("6400 of the 12800 samples", "#control-batch-fault")
+    assert get(controller, "mistyped/policy")["override"] is None
+
+
 def test_a_finished_run_cannot_be_overruled_and_says_why(
     page: Page, controller: ControllerProcess, trainer: Trainer
 ) -> None:
     trainer("over", specification=holding(budget_samples=128 * 25 * 4)).report(4)
     page.open(f"{controller.url}/runs/over")
-    page.until_seen("The budget is used up: nothing more will be decided.", ".control")
+    page.until_seen("The budget is used up: nothing more will be decided, unless another attempt begins.", ".control")
     assert not page.find("#control-batch").is_enabled()
     assert page.seen(".tile:nth-child(7) strong") == "0"
+
+
+def test_a_run_that_ends_under_the_question_keeps_the_word_for_its_next_attempt(
+    page: Page, controller: ControllerProcess, trainer: Trainer
+) -> None:
+    """And its last decision is the one about a reading, not that about the report at the end, which has none."""
+    run = trainer("ending", specification=specification(budget_samples=128 * 25 * 4))
+    last = run.report(3).decision
+    assert last is not None
+    open_run(page, controller, "ending")
+    ask_to_pin(page, 256)
+    page.until(lambda: page.all("dialog.ask"), "a question")
+    run.report(readings=())
+    page.until_seen("finished", ".title-row .state")
+    answer(page, "Pin 256")
+    page.until_seen("This run is finished: it holds for its next attempt.", ".said")
+    assert get(controller, "ending")["last_decision"]["reason"] == "hold_no_reading"
+    page.until_seen(f"The last decision: {last.explanation}", ".latest")
+
+
+def test_null_in_an_edited_policy_is_null(page: Page, controller: ControllerProcess, trainer: Trainer) -> None:
+    """noise_scale has a growth_cap of 4 where none is given; left out it takes that, null takes it away."""
+    trainer("uncapped").report(2)
+    open_run(page, controller, "uncapped")
+    document = {**get(controller, "uncapped/policy")["policy"], "growth_cap": None}
+    del document["dwell"]
+    edit(page, document)
+    page.find(".apply").click()
+    page.until_seen("growth_cap: 2 → not set", "dialog.ask")
+    assert "dwell: 30,000 samples → its default" in page.seen("dialog.ask")
+    answer(page, "Apply it")
+    page.until_seen("revision 1", ".in-charge")
+    applied = get(controller, "uncapped/policy")["policy"]
+    assert (applied["growth_cap"], applied["dwell"]) == (None, None)
+
+
+def test_a_replay_without_readings_says_nothing_about_the_policy(
+    page: Page, controller: ControllerProcess, trainer: Trainer
+) -> None:
+    trainer("unread").report(6)
+    open_run(page, controller, "unread")
+    edit(page, {**get(controller, "unread/policy")["policy"], "estimator": "rank_variance"})
+    page.find(".what-if").click()
+    page.until_seen(
+        "6 of 6 measurements hold no rank_variance reading: this says nothing about the policy.", ".outcome"
+    )
+    assert "optimizer steps instead of" not in page.seen(".outcome")
 
 
 def test_a_token_that_may_not_steer_closes_the_panel_and_says_so(
@@ -387,12 +451,12 @@ def test_pages_that_were_left_hold_no_connection(page: Page, controller: Control
     page.until_seen("optimizer steps instead of", ".outcome")
 
 
-def test_corners_ahead_and_patches_are_plain_numbers(page: Page, controller: ControllerProcess) -> None:
+def test_corners_ahead_and_differences_are_plain_numbers(page: Page, controller: ControllerProcess) -> None:
     page.open(controller.url)
     found = page.run_async(
         """
         const { cornersAhead, batchesReplayed } = await import("/static/ahead.js");
-        const { merged, mergePatch, offsetOf } = await import("/static/jsontext.js");
+        const { differences, offsetOf } = await import("/static/jsontext.js");
         const stage = (samples_seen, global_batch_size) => ({
           samples_seen, global_batch_size, low: global_batch_size / 2, high: global_batch_size * 2,
         });
@@ -408,8 +472,7 @@ def test_corners_ahead_and_patches_are_plain_numbers(page: Page, controller: Con
           replayed: batchesReplayed(
             [{ samples_seen: 10, replayed_batch_size: 2 }, { samples_seen: 20, replayed_batch_size: 3 }],
             [{ samples: 10 }, { samples: 15 }, { samples: 20 }, { samples: 30 }], 1),
-          patch: mergePatch(before, after),
-          result: merged(before, mergePatch(before, after)),
+          differences: differences(before, after),
           line: text.slice(offsetOf(text, "/b/1/c~0~1")),
         };
         """
@@ -417,8 +480,7 @@ def test_corners_ahead_and_patches_are_plain_numbers(page: Page, controller: Con
     assert found["corners"] == [[150, 7, 10, 5, 20], [200, 12, 10, 5, 20], [400, 22, 20, 10, 40], [800, 32, 40, 20, 80]]
     assert (found["over"], found["none"]) == ([], [])
     assert found["replayed"] == [1, 2, 2, 3]
-    assert found["patch"] == {"cap": None, "span": {"steps": None, "samples": 9}, "more": [1]}
-    assert found["result"] == {"policy": "p", "none": None, "span": {"samples": 9}, "more": [1]}
+    assert found["differences"] == ["cap", "span", "more"]
     assert found["line"] == '"c~/": 2}]}'
 
 

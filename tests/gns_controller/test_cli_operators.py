@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from gns_controller.cli import app
-from gns_controller.cli_runs import _savings_text
 from gns_controller.core.policies import NoiseScalePolicyConfig
 from gns_controller.recordings import read_recording
+from gns_controller.terminal import ahead_text, savings_text
 from tests.gns_controller.service import Server, registration, report
 
 pytestmark = pytest.mark.slow
@@ -94,12 +95,37 @@ def test_an_operator_changes_fields_and_whole_policies(server: Server) -> None:
         (["--set", "deadband"], "field=value"),
         (["--file", "nowhere.toml"], "cannot be read"),
         (["--file", '{"policy": "nothing"}'], "not a policy"),
-        (["--file", '{"policy": "noise_scale", "growth_cap": null}'], "cannot be emptied"),
+        (["--set", "policy=grow_up"], "'policy' should be one of 'hold', 'stages', 'linear_ramp'"),
+        (["--set", "policy=linear_ramp"], "global_batch_size"),
+        (["--set", "policy=linear_ramp", "--set", "global_batch_size=64"], "give either ramp_samples or ramp_tokens"),
     ):
         code, _, errors = cli(server, "run", "policy", "run", *wrong)
         assert code in (1, 2)
         assert sentence in errors
         assert errors.count("\n") == 1
+
+
+def test_null_is_null_in_a_file_and_the_default_in_a_change(server: Server) -> None:
+    """The published rule as docs/reference/policies.md prints it."""
+    register(server)
+    page = (Path(__file__).parents[2] / "docs/reference/policies.md").read_text()
+    [printed] = re.findall(r'```json\n(.*"growth_cap": null.*)\n```', page)
+    code, output, errors = cli(server, "run", "policy", "run", "--file", printed, "--json")
+    assert (code, errors) == (0, "")
+    assert json.loads(output)["policy"] == NoiseScalePolicyConfig.published().model_dump(mode="json")
+    changes = ["--set", "growth_cap=null", "--set", "dwell=null"]
+    code, output, errors = cli(server, "run", "policy", "run", *changes, "--json")
+    assert code == 0
+    assert errors == "growth_cap is back at its default, 4.0\ndwell is back at its default, none\n"
+    assert json.loads(output)["policy"]["growth_cap"] == 4.0
+
+
+def test_a_mistyped_pin_is_told_what_is_left(server: Server) -> None:
+    register(server, budget_samples=12_000)
+    code, _, errors = cli(server, "run", "override", "run", "--pin", "102400")
+    assert (code, errors.count("\n")) == (1, 1)
+    assert "102400" in errors
+    assert "12000" in errors
 
 
 def test_guards_that_another_policy_leaves_out_are_named(server: Server) -> None:
@@ -132,9 +158,74 @@ def test_an_address_without_its_scheme_is_one_sentence(url: str) -> None:
     assert "is not an address like http://127.0.0.1:8000" in errors
 
 
+def test_a_run_is_shown_as_an_operator_reads_it(server: Server) -> None:
+    """1024 samples are left: 64 steps of the present 16, 16 of the 64 that the stage at 512 samples begins."""
+    register(
+        server, budget_samples=1536, policy={**STAGES, "stages": [{"from_samples": 1024, "global_batch_size": 64}]}
+    )
+    assert "steps left       -" in cli(server, "run", "show", "run")[1]
+    post(server, report(32, samples=512))
+    code, output, _ = cli(server, "run", "show", "run")
+    schedule = server.http.get("/api/v1/runs/run/schedule").json()["projection"]
+    left, stage = schedule["steps_left"], schedule["stages"][-1]
+    assert (code, stage["global_batch_size"]) == (0, 64)
+    assert f"steps left       {left['expected']}\n" in output
+    assert f"ahead            64 samples from {stage['samples_seen']} on\n" in output
+    cli(server, "run", "override", "run", "--pin", "32", "--note", "try \x1b[2J")
+    output = cli(server, "run", "show", "run")[1]
+    assert "override         pin 32 samples (try \\x1b[2J)\n" in output
+
+
+def test_the_ramp_ahead_names_its_interval_and_its_ends() -> None:
+    def stage(samples: int, batch: int, low: int) -> dict[str, int]:
+        return {"samples_seen": samples, "global_batch_size": batch, "low": low, "high": 9000}
+
+    doubling = [stage(100 * n, 16 * 2**n, 16) for n in range(8)]
+    widened = [stage(0, 16, 16), stage(50, 16, 8), *doubling[1:]]
+    steps = {"expected": 196, "least": 196, "most": 240}
+    left, ahead = ahead_text({"steps_left": steps, "stages": widened})
+    assert left == "196 (196 to 240)"
+    assert ahead == "32 samples from 100 on, 64 from 200, 128 from 300, 256 from 400, ... 2048 from 700"
+    assert ahead_text({"steps_left": {**steps, "most": 196}, "stages": doubling[:1]}) == ("196", "no change")
+    assert ahead_text(None) == ("-", "-")
+
+
+def test_the_last_decision_of_a_finished_run_is_about_a_measurement(server: Server) -> None:
+    """The report at the end of a run holds no reading, and what is decided on it says only that."""
+    register(server, budget_samples=1600)
+    post(server, report(50, samples=800, noise_scale=1.0), {**report(100, samples=1600), "readings": []})
+    decisions = [item["decision"] for item in server.http.get("/api/v1/runs/run/decisions").json()["items"]]
+    assert [decision["reason"] for decision in decisions][1] == "hold_no_reading"
+    assert cli(server, "run", "ls")[1].splitlines()[1].split()[-2:] == ["16", "-"]
+    output = cli(server, "run", "show", "run")[1]
+    assert f"last decision    {decisions[0]['explanation']}\n" in output
+    assert "steps left       0\n" in output
+    said = "this run is finished: it holds for its next attempt\n"
+    for word in (["override", "run", "--pin", "32"], ["policy", "run", "--set", "deadband=0.5"]):
+        code, output, errors = cli(server, "run", *word)
+        assert (code, errors) == (0, said), word
+    assert cli(server, "run", "policy", "run")[2] == "", "nothing was said"
+
+
+def test_a_replay_of_what_ran_counts_the_words_of_operators(server: Server) -> None:
+    register(server)
+    post(server, report(1, noise_scale=1.0))
+    path = server.directory / "run.jsonl"
+    for num_words, words in enumerate(("no words", "1 word", "2 words")):
+        if num_words:
+            cli(server, "run", "policy", "run", "--set", f"deadband=0.{num_words}")
+            post(server, report(1 + num_words, noise_scale=1.0))
+        path.write_text(cli(server, "run", "export", "run")[1])
+        for code, output, _ in (cli(server, "replay", "run"), typed("replay", str(path))):
+            assert code == 0
+            assert (f", as it ran, {words} of operators" in output) == (num_words > 0)
+    asked = cli(server, "replay", "run", "--policy", '{"policy": "hold"}')[1]
+    assert "operators" not in asked, "left out of what another policy is asked"
+
+
 def test_no_time_saved_has_no_sign() -> None:
     savings = {"steps_saved": 0, "constant_steps": 5, "constant_batch_size": 16, "seconds_saved": -0.3}
-    assert _savings_text(savings) == "0 of 5 at 16 samples, 0 seconds"
+    assert savings_text(savings) == "0 of 5 at 16 samples, 0 seconds"
 
 
 def test_an_exported_run_is_replayed_elsewhere_as_its_controller_replays_it(server: Server) -> None:

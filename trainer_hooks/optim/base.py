@@ -70,7 +70,7 @@ class MatrixOptimizer(Stepping):
     ) -> None:
         self._process_group = process_group
         self._exchanges: list[tuple[Exchange, list[_Member]]] = []
-        self._loaded = False
+        self._unchecked = False
         defaults = {"split_sizes": None, "num_heads": None, "batched": False, **defaults}
         super().__init__(params, defaults)
 
@@ -181,10 +181,11 @@ class MatrixOptimizer(Stepping):
                 costs = [self._cost(member.parameter, self.param_groups[member.group]) for member in portion]
                 exchange = Exchange([member.parameter for member in portion], costs, self._process_group)
                 self._exchanges.append((exchange, portion))
-        if self._loaded and self.owns_state:
+        self._unchecked |= bool(fresh)  # on every rank alike, whether it has loaded a checkpoint or not
+        if self._unchecked and self.owns_state:
             self._check_owned()
             self._forget_what_others_own()
-        self._loaded = False
+        self._unchecked = False
         return self._exchanges
 
     def _portions(self, members: list[_Member]) -> list[list[_Member]]:
@@ -342,7 +343,7 @@ class MatrixOptimizer(Stepping):
         super().__setstate__(state)
         vars(self).setdefault("_exchanges", [])
         vars(self).setdefault("_process_group", None)
-        self._loaded = True
+        self._unchecked = True
 
     def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
         """Refuse also parameters that were cut into other matrices: the checkpoint's state is of those."""

@@ -45,10 +45,10 @@ export async function getTagged(path) {
 }
 
 /** Change something: `etag` is the version that the person saw. Returns the answer, or null where there is none. */
-export async function send(method, path, { body, etag, type = "application/json" } = {}) {
+export async function send(method, path, { body, etag } = {}) {
   const response = await request(path, {
     method,
-    headers: { ...(body !== undefined && { "Content-Type": type }), ...(etag && { "If-Match": etag }) },
+    headers: { ...(body !== undefined && { "Content-Type": "application/json" }), ...(etag && { "If-Match": etag }) },
     ...(body !== undefined && { body: JSON.stringify(body) }),
   });
   const text = await response.text();

@@ -11,6 +11,7 @@ import { PolicyEditor } from "./policy.js";
 import { inCharge, ownFirst, valueText, whatChanged } from "./words.js";
 
 const LONGEST_NOTE = 500;
+const FINISHED = "This run is finished: it holds for its next attempt.";
 
 export class Control {
   constructor({ view, path, charts }) {
@@ -122,7 +123,7 @@ export class Control {
     this.batch.input.placeholder = String(batchInForce(view));
     this.release.hidden = !shown.override;
     setText(this.hold, `Hold ${format.whole(batchInForce(view))}`);
-    const why = finished ? "The budget is used up: nothing more will be decided." : this.blocked;
+    const why = finished ? "The budget is used up: nothing more will be decided, unless another attempt begins." : this.blocked;
     setText(this.why, why ?? "");
     this.why.hidden = !why;
     this.token.hidden = finished || !this.blocked;
@@ -157,6 +158,7 @@ export class Control {
         this.now(),
         `From the next measurement on the batch is ${format.whole(size)} samples, whatever the policy asks for, until ` +
           `somebody releases it. ${couplingText(this.view)}`,
+        leftText(this.view, size),
       ],
       done: `Pinned ${format.whole(size)} samples.`,
     });
@@ -201,10 +203,10 @@ export class Control {
     this.draw();
     try {
       const noted = body.note ? `?note=${encodeURIComponent(body.note)}` : "";
-      if (method === "DELETE") await send(method, `${this.path}/override${noted}`, { etag: seen.etag });
-      else await send(method, `${this.path}/override`, { body, etag: seen.etag });
+      const path = method === "DELETE" ? `${this.path}/override${noted}` : `${this.path}/override`;
+      const answer = await send(method, path, { ...(method !== "DELETE" && { body }), etag: seen.etag });
       this.form.reset();
-      this.tell(`${done} It takes effect at the next measurement.`);
+      this.tell(`${done} ${answer.state === "finished" ? FINISHED : "It takes effect at the next measurement."}`);
       await this.load().catch(() => {});
     } catch (error) {
       await this.refused(error, seen);
@@ -254,7 +256,8 @@ export class Control {
   }
 
   applied(known) {
-    this.tell(`Revision ${known.policy_revision} is in force from the next measurement on.`);
+    const said = `Revision ${known.policy_revision} is in force from the next measurement on.`;
+    this.tell(known.state === "finished" ? `${said} ${FINISHED}` : said);
   }
 
   tell(text, alarming = false) {
@@ -291,6 +294,14 @@ function couplingText({ specification }) {
   if (specification.mode === "shadow") return "The run is in shadow mode: its trainer follows no plan.";
   const coupling = specification.batch.learning_rate_coupling;
   return coupling === "none" ? "The learning rate stays." : `The learning rate follows by the ${coupling} coupling.`;
+}
+
+/** What a batch makes of the rest of the budget. */
+function leftText({ specification: { budget_samples: budget }, samples_seen: seen }, size) {
+  const left = Math.max(budget - seen, 0);
+  const steps = Math.ceil(left / size);
+  const count = steps === 1 ? "one step" : `${format.whole(steps)} steps`;
+  return `Of ${format.whole(budget)} samples ${format.whole(left)} are left: ${count} of this batch.`;
 }
 
 /** A labelled input and the line below it that says what is wrong with it. */

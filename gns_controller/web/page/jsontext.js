@@ -1,26 +1,4 @@
-// Documents as people edit them: where a JSON pointer stands in the text, and what an edit amounts to.
-
-/** RFC 7396: what turns `before` into `after`. A field that is gone becomes null, which resets it. */
-export function mergePatch(before, after) {
-  const patch = {};
-  for (const name of Object.keys(before)) if (!(name in after)) patch[name] = null;
-  for (const [name, value] of Object.entries(after)) {
-    if (same(before[name], value)) continue;
-    patch[name] = isObject(value) && isObject(before[name]) ? mergePatch(before[name], value) : value;
-  }
-  return patch;
-}
-
-/** RFC 7396: what a patch makes of a document; null takes a member out. */
-export function merged(target, patch) {
-  if (!isObject(patch)) return patch;
-  const result = isObject(target) ? { ...target } : {};
-  for (const [name, value] of Object.entries(patch)) {
-    if (value === null) delete result[name];
-    else result[name] = merged(result[name], value);
-  }
-  return result;
-}
+// Documents as people edit them: where a JSON pointer stands in the text, and which fields an edit changes.
 
 /** Names of the fields of which two documents say different things, in the order of the first, then of the second. */
 export function differences(before, after) {

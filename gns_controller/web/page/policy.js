@@ -6,7 +6,7 @@ import { ApiError, send } from "./api.js";
 import { confirmed } from "./dialogs.js";
 import { h, setText } from "./dom.js";
 import * as format from "./format.js";
-import { differences, isObject, mergePatch, merged, offsetOf } from "./jsontext.js";
+import { differences, isObject, offsetOf } from "./jsontext.js";
 import { ownFirst, valueText, whatChanged } from "./words.js";
 
 const LONGEST_NOTE = 500;
@@ -42,7 +42,7 @@ export class PolicyEditor {
         h(
           "p",
           { class: "quiet", id: "policy-help" },
-          "As JSON. A field left out, or set to null, takes its default. What you apply decides from the next measurement on.",
+          "As JSON. A field left out takes its default; null is null: no growth_cap, say. What you apply decides from the next measurement on.",
         ),
         h("label", { class: "hidden", for: "policy-text" }, "Policy as JSON"),
         this.text,
@@ -111,13 +111,6 @@ export class PolicyEditor {
     this.apply.disabled = this.working || !this.why.hidden;
   }
 
-  /** What to send, and what becomes of it. Another policy replaces the document: its fields mean other things. */
-  patched(document) {
-    const from = document.policy === this.base.policy.policy ? this.base.policy : {};
-    const patch = mergePatch(from, document);
-    return { patch, result: merged(from, patch) };
-  }
-
   /** The document, or null after its fault was shown. */
   read() {
     try {
@@ -135,7 +128,7 @@ export class PolicyEditor {
     const document = this.read();
     if (!document) return;
     await this.during(this.ask, async () => {
-      const report = await send("POST", `${this.path}/replay`, { body: { policy: this.patched(document).result } });
+      const report = await send("POST", `${this.path}/replay`, { body: { policy: document } });
       this.charts.compare(report.rows);
       this.tell(...replayText(report));
       const chart = window.document.querySelector("[data-chart='batch']");
@@ -153,8 +146,7 @@ export class PolicyEditor {
       return;
     }
     const { policy } = this.base;
-    const { patch, result } = this.patched(document);
-    const told = (name) => (name in result ? valueText(result[name]) : "its default");
+    const told = (name) => (name in document ? valueText(document[name]) : "its default");
     const gone = document.policy === policy.policy ? [] : names.filter((name) => !(name in document));
     const list = names
       .filter((name) => !gone.includes(name))
@@ -173,10 +165,9 @@ export class PolicyEditor {
     });
     if (!sure) return;
     await this.during(this.apply, async () => {
-      const answer = await send("PATCH", `${this.path}/policy${note ? `?note=${encodeURIComponent(note)}` : ""}`, {
-        body: patch,
+      const answer = await send("PUT", `${this.path}/policy${note ? `?note=${encodeURIComponent(note)}` : ""}`, {
+        body: document,
         etag: this.base.etag,
-        type: "application/merge-patch+json",
       });
       await this.reload().catch(() => {});
       this.shut();
@@ -276,6 +267,13 @@ export class PolicyEditor {
 function replayText(report) {
   const { rows, replayed_steps: replayed, happened_steps: happened, steps_saved: saved } = report;
   if (rows.length === 0) return ["Nothing was measured yet, so nothing can be replayed."];
+  const unread = rows.filter((row) => row.replayed_reason === "hold_no_reading").length;
+  if (2 * unread > rows.length) {
+    return [
+      `${format.whole(unread)} of ${format.whole(rows.length)} measurements hold no ${report.policy.estimator} reading: ` +
+        "this says nothing about the policy.",
+    ];
+  }
   const than =
     saved === 0
       ? "as many as happened"

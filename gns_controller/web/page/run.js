@@ -186,6 +186,7 @@ class Header {
     this.left = tile("Steps left", "");
     this.saved = tile("Steps saved", "");
     this.projection = null;
+    this.decided = null;
     this.state = h("span", { class: "state", role: "status", "aria-live": "polite" });
     this.progress = h("progress", { max: "1", "aria-label": "Progress" });
     this.share = h("span", { class: "quiet" });
@@ -217,6 +218,7 @@ class Header {
   news({ sequence, received_at, measurement, decision }) {
     if (sequence <= (this.sequence ?? 0) || measurement.attempt < this.view.attempt) return;
     this.sequence = sequence;
+    if (decision && decision.reason !== "hold_no_reading") this.decided = decision;
     if (Date.parse(received_at) < Date.parse(this.view.last_report_at ?? 0)) return;
     const state = this.view.state === "registered" || this.view.state === "silent" ? "running" : this.view.state;
     this.update({
@@ -270,7 +272,9 @@ class Header {
       this.reason.replaceChildren(...(reason ? [badge(reason)] : []));
     }
     const end = `Finished after ${format.whole(view.optimizer_step)} steps with a batch of ${format.whole(batchInForce(view))} samples.`;
-    setText(this.sentence, finished ? end : decision?.explanation ?? "No decision yet.");
+    const before = decision?.reason === "hold_no_reading" ? this.decided : decision; // the last report has no reading
+    const last = before ? ` The last decision: ${before.explanation}` : "";
+    setText(this.sentence, finished ? end + last : decision?.explanation ?? "No decision yet.");
     const facts = factsOf(view);
     const key = JSON.stringify(facts);
     if (this.shown !== key) {

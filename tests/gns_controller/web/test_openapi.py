@@ -34,6 +34,7 @@ OPERATIONS = [
     ("GET", "/api/v1/runs/{run_id}/schedule"),
     ("GET", "/api/v1/runs/{run_id}/policy"),
     ("PATCH", "/api/v1/runs/{run_id}/policy"),
+    ("PUT", "/api/v1/runs/{run_id}/policy"),
     ("POST", "/api/v1/runs/{run_id}/override"),
     ("DELETE", "/api/v1/runs/{run_id}/override"),
     ("GET", "/api/v1/runs/{run_id}/controls"),

@@ -48,8 +48,9 @@ def test_the_policy_of_a_run_is_that_of_its_registration_until_somebody_speaks(s
     response = service.client.get(f"{URL}/policy")
     view = response.json()
     assert response.headers["ETag"] == '"0"'
-    assert set(view) == {"run_id", "policy", "policy_revision", "override", "changed_at"}
+    assert set(view) == {"run_id", "state", "policy", "policy_revision", "override", "changed_at"}
     assert (view["policy"]["policy"], view["override"], view["changed_at"]) == ("noise_scale", None, None)
+    assert view["state"] == "registered"
 
 
 def test_a_merge_patch_changes_what_it_names_and_null_takes_a_field_back_to_its_default(service: Service) -> None:
@@ -159,6 +160,7 @@ def test_a_patch_that_is_not_json_is_400(service: Service, content: bytes) -> No
 def words(service: Service, headers: dict[str, str]) -> list[httpx.Response]:
     return [
         service.client.patch(f"{URL}/policy", json={"deadband": 0.1}, headers=headers),
+        service.client.put(f"{URL}/policy", json={"policy": "hold"}, headers=headers),
         service.client.post(f"{URL}/override", json={"kind": "hold"}, headers=headers),
         service.client.delete(f"{URL}/override", headers=headers),
     ]
@@ -251,6 +253,46 @@ def test_an_override_that_cannot_be_is_refused_with_what_can(
     assert error["pointer"] == pointer
     assert words in error["detail"]
     assert policy_of(service)["policy_revision"] == 0
+
+
+def test_a_pin_beyond_what_is_left_of_the_budget_is_refused_with_both_numbers(service: Service) -> None:
+    service.register(budget_samples=12_000)
+    mistyped = {"kind": "pin", "global_batch_size": 102_400}
+    response = override(service, mistyped)
+    assert (response.status_code, slug_of(response)) == (422, "invalid-input")
+    [error] = response.json()["errors"]
+    assert error["pointer"] == "/global_batch_size"
+    assert "102400" in error["detail"]
+    assert "12000" in error["detail"]
+    assert override(service, {"kind": "pin", "global_batch_size": 11_968}).status_code == 200
+    release(service)
+    service.report(report(1, samples=11_900))
+    refused = override(service, {"kind": "pin", "global_batch_size": 128}).json()["detail"]
+    assert "128" in refused
+    assert "100 of the 12000" in refused
+    assert override(service, {"kind": "pin", "global_batch_size": 64}).status_code == 200
+    service.report(report(2, samples=11_990, batch=64))
+    assert override(service, {"kind": "pin", "global_batch_size": 64}).status_code == 200, "in force already"
+    service.register(incarnation="incarnation-1", budget_samples=12_000)
+    assert override(service, {"kind": "pin", "global_batch_size": 128}).status_code == 200, "from the start again"
+
+
+def test_a_word_about_a_finished_run_is_kept_for_its_next_attempt_and_says_so(service: Service) -> None:
+    service.register(budget_samples=1600)
+    assert override(service, {"kind": "hold"}).json()["state"] == "registered"
+    service.report(report(100, samples=1600))
+    for response in (
+        override(service, PIN),
+        change(service, {"deadband": 0.3}),
+        service.client.put(f"{URL}/policy", json={"policy": "hold"}, headers={"If-Match": "*"}),
+        release(service),
+        service.client.get(f"{URL}/policy"),
+    ):
+        assert (response.status_code, response.json()["state"]) == (200, "finished")
+    override(service, PIN)
+    service.register(incarnation="incarnation-1", budget_samples=1600)
+    decision = service.report(report(1, attempt=1)).json()["decision"]
+    assert (decision["reason"], decision["plan"]["global_batch_size"]) == ("override", 32)
 
 
 def test_a_pin_is_checked_against_the_ranks_of_the_present_attempt(service: Service) -> None:
@@ -351,7 +393,7 @@ def test_somebody_who_waits_for_a_plan_is_not_woken_by_words(service: Service) -
 def test_nobody_speaks_or_replays_without_a_token_where_there_are_tokens(make_service: Callable[..., Service]) -> None:
     service = make_service(token_hashes=hashlib.sha256(b"secret").hexdigest())
     refused = [*words(service, {"If-Match": "*"}), service.client.post(f"{URL}/replay", json={})]
-    assert [slug_of(response) for response in refused] == ["unauthorized"] * 4
+    assert [slug_of(response) for response in refused] == ["unauthorized"] * 5
     service.client.headers["Authorization"] = "Bearer secret"
     service.register()
     assert change(service, {}).status_code == 200
