@@ -15,6 +15,7 @@ from gns_controller.terminal import (
     EXIT_WRONG,
     AsJson,
     ahead_text,
+    batch_in_force,
     leave,
     noise_scale_text,
     override_text,
@@ -57,7 +58,7 @@ def run_ls(
             reason = (item["last_decision"] or {}).get("reason", "-")
             if item["state"] == "finished" and reason == "hold_no_reading":  # of the report at the end of the run
                 reason = "-"
-            batch = item["plan"]["global_batch_size"]
+            batch = batch_in_force(item)
             print(
                 f"{item['run_id']:<32} {item['state']:<10} {item['optimizer_step']:>9} {item['samples_seen']:>12} "
                 f"{batch:>8}  {reason}"
@@ -260,7 +261,7 @@ def run_show(
         "attempt": view["attempt"],
         "optimizer steps": view["optimizer_step"],
         "samples": f"{view['samples_seen']} of {view['specification']['budget_samples']}",
-        "batch": f"{view['plan']['global_batch_size']} samples (plan {view['plan']['version']})",
+        "batch": f"{batch_in_force(view)} samples (plan {view['plan']['version']})",
         "policy": f"{view['policy']['policy']} (revision {view['policy_revision']})",
         "override": override_text(view["override"]),
         "steps left": steps_left,

@@ -62,7 +62,7 @@ class _Folded(NamedTuple):
     projection: Projection | None
     plan_version: int
     global_batch_size: int
-    """In force: a trainer may have changed it on its own, within one version."""
+    """In force: a trainer may have changed it on its own, within one version, and does in shadow mode."""
     optimizer_step: int
     samples_seen: int
 
@@ -81,8 +81,7 @@ class Projections:
         kept = self._newest.get(head.run_id)
         if kept is not None and kept[0] == key_of(head):
             return kept[1].projection
-        plan = head.state.plan
-        folded = _Folded(_projected(head), plan.version, plan.global_batch_size, last.optimizer_step, last.samples_seen)
+        folded = _Folded(_projected(head), *_in_force(head), last.optimizer_step, last.samples_seen)
         self._newest.put(head, folded)
         return folded.projection
 
@@ -100,11 +99,17 @@ class Projections:
         present = key_of(head)._replace(state_sequence=key.state_sequence)
         passed = last.samples_seen - folded.samples_seen
         is_recent = 0 <= passed <= _RECENT_SHARE * head.specification.budget_samples
-        plan = head.state.plan
-        same_plan = (folded.plan_version, folded.global_batch_size) == (plan.version, plan.global_batch_size)
+        same_plan = (folded.plan_version, folded.global_batch_size) == _in_force(head)
         if key != present or not same_plan or not is_recent:
             return None
         return max(kept[1].projection.steps_left.expected - (last.optimizer_step - folded.optimizer_step), 0)
+
+
+def _in_force(head: RunHead) -> tuple[int, int]:
+    """Plan version, and the batch that steps are counted by."""
+    plan, last = head.state.plan, head.last_measurement
+    shadow = head.specification.mode == "shadow" and last is not None
+    return plan.version, last.global_batch_size if last is not None and shadow else plan.global_batch_size
 
 
 def _projected(head: RunHead) -> Projection | None:

@@ -179,13 +179,12 @@ def events_of(recording: Recording) -> Iterator[Event]:
 
 
 def unread(report: ReplayReport) -> str | None:
-    """What to say instead of any sum where most measurements held nothing that the policy reads."""
-    num_unread = sum(row.replayed_reason == "hold_no_reading" for row in report.rows)
-    if 2 * num_unread <= len(report.rows):
+    """What to say instead of any sum where no measurement held anything that the policy reads."""
+    if not report.rows or any(row.replayed_reason != "hold_no_reading" for row in report.rows):
         return None
     return (
-        f"{num_unread} of {len(report.rows)} measurements hold no {report.policy.estimator} reading: this says nothing "
-        "about the policy."
+        f"none of {len(report.rows)} measurements holds a {report.policy.estimator} reading that the policy follows: "
+        "this says nothing about the policy."
     )
 
 

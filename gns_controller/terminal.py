@@ -53,6 +53,13 @@ def leave(code: int, sentence: str) -> NoReturn:
     raise typer.Exit(code)
 
 
+def batch_in_force(view: dict[str, Any]) -> int:
+    """Of the trainer: the plan's, except in shadow mode, where plans change nothing."""
+    if view["specification"]["mode"] != "shadow":
+        return int(view["plan"]["global_batch_size"])
+    return int((view["last_measurement"] or view["specification"]["batch"])["global_batch_size"])
+
+
 def print_json(value: object) -> None:
     """For --json."""
     print(json.dumps(value, indent=2))

@@ -113,9 +113,10 @@ def check_same_state(state: Mapping[str, Any] | None, ranks: RankGroup) -> None:
     Raises:
         InvalidInputError: they do not; on every rank.
     """
-    text = "" if state is None else json.dumps(state, sort_keys=True, default=str)
-    step = None if state is None else state.get("optimizer_step")
-    marks = ranks.gather_objects((step, zlib.crc32(text.encode())))
+    marks = ranks.gather_objects(_mark_of(state))
+    strange = next((rank for rank, mark in enumerate(marks) if isinstance(mark, str)), None)
+    if strange is not None:
+        raise InvalidInputError(f"state: what rank {strange} gave is not what state_dict returned: {marks[strange]}.")
     other = next((rank for rank, mark in enumerate(marks) if mark != marks[0]), None)
     if other is not None:
         first, second = ("none" if marks[rank][0] is None else f"step {marks[rank][0]}" for rank in (0, other))
@@ -123,6 +124,16 @@ def check_same_state(state: Mapping[str, Any] | None, ranks: RankGroup) -> None:
             f"ranks resume from different checkpoints: rank 0 from {first}, rank {other} from {second}. Give each of "
             "them what state_dict returned, as rank 0 saved it."
         )
+
+
+def _mark_of(state: Mapping[str, Any] | None) -> tuple[int | None, int] | str:
+    """Step and digest of a checkpoint, or what is wrong with it: told, not raised, because other ranks wait for it."""
+    if state is None:
+        return None, 0
+    try:
+        return int(state["optimizer_step"]), zlib.crc32(json.dumps(state, sort_keys=True, default=str).encode())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def check_state(state: Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:

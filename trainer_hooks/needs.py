@@ -53,7 +53,7 @@ def needs_of(
     if policy.geometry is not None and policy.geometry not in found and not also_euclidean:
         raise GeometryError(
             f"the policy follows geometry {policy.geometry!r}, and no parameter group has it; "
-            f"groups have {', '.join(found)}."
+            f"groups have {', '.join(found)}. Name one of these, or 'euclidean', or set geometry to null."
         )
     inner_products = isinstance(policy, InnerProductTestPolicyConfig)
     if inner_products and policy.geometry != "euclidean" and found != ["euclidean"]:

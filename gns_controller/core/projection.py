@@ -127,7 +127,7 @@ def project(
 
 def whole_steps(steps: float) -> int:
     """A sum of shares of steps as a count: a last step of a few samples is a step, rounding in the sum is not."""
-    return math.ceil(steps - 1e-9)
+    return math.ceil(steps * (1 - 1e-9))
 
 
 def _walk(

@@ -87,7 +87,7 @@ class _Steps(NamedTuple):
     @property
     def completed(self) -> int:
         """Whole steps."""
-        return int(self.taken + 1e-9)
+        return int(self.taken * (1 + 1e-9))
 
     def until(self, samples: int) -> _Steps:
         """When so many samples were seen."""

@@ -240,7 +240,9 @@ def test_a_replay_without_readings_says_nothing_about_the_policy(
     edit(page, {**get(controller, "unread/policy")["policy"], "estimator": "rank_variance"})
     page.find(".what-if").click()
     page.until_seen(
-        "6 of 6 measurements hold no rank_variance reading: this says nothing about the policy.", ".outcome"
+        "None of 6 measurements holds a rank_variance reading that the policy follows: "
+        "this says nothing about the policy.",
+        ".outcome",
     )
     assert "optimizer steps instead of" not in page.seen(".outcome")
 

@@ -12,7 +12,7 @@ from gns_controller.core.errors import InvalidInputError
 from tests.trainer_hooks.test_session import attach, network
 from trainer_hooks import AdaptiveBatch
 from trainer_hooks.capture import DataParallel, Layout
-from trainer_hooks.checks import undivided
+from trainer_hooks.checks import check_same_state, undivided
 from trainer_hooks.collectives import RankGroup
 from trainer_hooks.optim import SNOO, Muon, parameter_groups
 
@@ -68,3 +68,12 @@ def test_work_that_every_rank_repeats_is_named() -> None:
     shared = Muon([matrix])
     shared._process_group = object()
     assert undivided([shared], ddp) == []
+
+
+@pytest.mark.parametrize("state", [{(0, 1): 2}, [1], {"optimizer_step": "soon"}, {("a",): 1, "optimizer_step": 3}])
+def test_a_state_that_cannot_be_compared_is_told_to_every_rank(state: Any) -> None:
+    """Raised after the exchange, in which the other ranks wait."""
+    ranks = RankGroup(rank=0, size=1, device=torch.device("cpu"), process_group=None)
+    with pytest.raises(InvalidInputError, match="state: what rank 0 gave is not what state_dict returned"):
+        check_same_state(state, ranks)
+    check_same_state(None, ranks)

@@ -267,11 +267,10 @@ export class PolicyEditor {
 function replayText(report) {
   const { rows, replayed_steps: replayed, happened_steps: happened, steps_saved: saved } = report;
   if (rows.length === 0) return ["Nothing was measured yet, so nothing can be replayed."];
-  const unread = rows.filter((row) => row.replayed_reason === "hold_no_reading").length;
-  if (2 * unread > rows.length) {
+  if (rows.every((row) => row.replayed_reason === "hold_no_reading")) {
     return [
-      `${format.whole(unread)} of ${format.whole(rows.length)} measurements hold no ${report.policy.estimator} reading: ` +
-        "this says nothing about the policy.",
+      `None of ${format.whole(rows.length)} measurements holds a ${report.policy.estimator} reading that the policy ` +
+        "follows: this says nothing about the policy.",
     ];
   }
   const than =

@@ -320,7 +320,8 @@ export function savedNote(savings) {
 const ADVISED =
   "The most ranks that the present batch keeps busy with whole micro-batches: batch over micro-batch size. With more ranks " +
   "each would get a smaller micro-batch; with fewer, ranks accumulate over several passes. Advice for whoever scales " +
-  "the job: nothing here applies it.";
+  "the job: nothing here applies it. Where the batch is no whole number of micro-batches: the present ranks. In shadow " +
+  "mode it is about the trainer's batch.";
 
 function noiseNote(view) {
   const decision = view.last_decision;

@@ -32,6 +32,7 @@ from gns_controller.core.projection import (
     project,
     savings,
     schedule_at,
+    whole_steps,
 )
 from gns_controller.core.runs import RunSpecification
 from tests.gns_controller.core.measurements import measurement, reading
@@ -267,3 +268,9 @@ def test_a_policy_that_explores_is_projected_to_explore_once() -> None:
         HoldPolicyConfig(estimator="rank_variance"), initial_state(RULES, data_parallel_size=2), timed, facts=FACTS
     )
     assert [s.global_batch_size for s in project(policy, state, timed, facts=FACTS).stages] == [16, 32]
+
+
+@given(st.integers(1, 10**7), st.sampled_from([0.0, 1e-11, -1e-11]))
+def test_rounding_in_a_sum_is_no_step_however_long_the_run(steps: int, error: float) -> None:
+    assert whole_steps(steps * (1 + error)) == steps
+    assert whole_steps(steps + 0.25) == steps + 1

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from tests.gns_controller.service import Service, report
+from tests.gns_controller.service import Server, Service, registration, report, run_cli
 
 URL = "/api/v1/runs/run"
 BUDGET = 100_000
-
-
-@pytest.fixture
-def service(tmp_path: Any) -> Any:
-    made = Service(f"sqlite:///{tmp_path}/gns.db")
-    yield made
-    made.close()
 
 
 def test_what_a_run_in_shadow_mode_does_is_not_what_it_is_told(service: Service) -> None:
@@ -50,3 +43,27 @@ def test_before_the_first_report_of_a_run_in_shadow_mode_the_first_batch_stands(
     service.register(mode="shadow", batch={"global_batch_size": 16, "micro_batch_size": 4})
     view = service.client.get(URL).json()
     assert view["advised_data_parallel_size"] == 4
+
+
+def test_steps_left_follow_a_trainer_that_changes_its_batch_by_itself(service: Service) -> None:
+    service.register(mode="shadow", policy={"policy": "hold"})
+    service.report(report(10, samples=160))
+    assert service.sample("gns_projected_steps_left", run_id="run") == (BUDGET - 160) / 16
+    service.report(report(11, samples=160 + 256, batch=256, gradient_accumulation_steps=4))
+    assert service.sample("gns_projected_steps_left", run_id="run") == math.ceil((BUDGET - 416) / 256)
+
+
+@pytest.mark.slow
+def test_the_command_line_tells_the_batch_that_the_trainer_runs(server: Server, tmp_path: Path) -> None:
+    stages = {"policy": "stages", "stages": [{"from_samples": 0, "global_batch_size": 512}]}
+    body = registration(mode="shadow", policy=stages)
+    server.http.put(URL, json=body).raise_for_status()
+
+    def told(*words: str) -> str:
+        return run_cli("run", *words, "--url", server.url, folder=tmp_path)[1]
+
+    assert "batch            16 samples (plan 0)" in told("show", "run")
+    server.http.post(f"{URL}/measurements", json={"measurements": [report(10)]}).raise_for_status()
+    assert server.http.get(URL).json()["plan"]["global_batch_size"] == 512
+    assert "batch            16 samples (plan 1)" in told("show", "run")
+    assert told("ls").splitlines()[1].split()[4] == "16"
