@@ -103,7 +103,7 @@ class MatrixOptimizer(Stepping):
         """Every exchange is reached whatever fails; the first failure is raised after the last."""
         failure: Exception | None = None
         for exchange, members in self._divided():
-            self._count_step(members)
+            self._count_step(exchange, members)
             try:
                 outgoing = self._outgoing(members)
             except Exception as error:
@@ -227,8 +227,6 @@ class MatrixOptimizer(Stepping):
             state, step = self.state[parameter], 0
             if self.owns_state:
                 step = int(state["step"])
-                if step <= 2 or OWNED not in state:
-                    state[OWNED] = torch.tensor(float(step > 1))
             pieces = self._pieces(matrix.contiguous(), group)
             targets = self._pieces(result, group)
             for place, (piece, target) in enumerate(zip(pieces, targets, strict=True)):
@@ -252,14 +250,21 @@ class MatrixOptimizer(Stepping):
             updates_BMN = updates_BMN * scale
         torch._foreach_copy_([item.update for item in items], list(updates_BMN.unbind()))
 
-    def _count_step(self, members: Sequence[_Member]) -> None:
-        """On every rank, so that every rank's checkpoint knows every parameter, also one without state."""
-        for member in members:
+    def _count_step(self, exchange: Exchange, members: Sequence[_Member]) -> None:
+        """On every rank, so that every rank's checkpoint knows every parameter, also one without state.
+
+        Owners mark theirs with it, at every step: the step itself may fail, and the run go on.
+        """
+        for index, member in enumerate(members):
             if member.parameter.grad is not None:
                 state = self.state[member.parameter]
                 if self.owns_state:
                     state.setdefault("step", torch.tensor(0.0))
                     state["step"] += 1
+                    if exchange.is_mine(index):
+                        if OWNED not in state:
+                            state[OWNED] = torch.tensor(0.0)
+                        state[OWNED].fill_(float(state["step"] > 1))
 
     def _check_owned(self) -> None:
         """Whether what was loaded has the matrices that this rank owns. Every rank is told what any of them lacks.
@@ -325,18 +330,24 @@ class MatrixOptimizer(Stepping):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load, on every rank: what lies beside parameters in their dtype, owners' matrices in float32 or better.
 
+        Parameters stay cut as they were built: where no state is of matrices, the checkpoint may have another cut.
+
         Raises:
-            InvalidInputError: the checkpoint is another optimizer's, or its parameters were cut into other matrices. If
-                it lacks what a rank owns, the next step raises, on every rank.
+            InvalidInputError: the checkpoint is another optimizer's, or its state is of other matrices. If it lacks
+                what a rank owns, the next step raises, on every rank.
         """
+        cuts = [{name: group[name] for name in CUTS} for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, cut in zip(self.param_groups, cuts, strict=True):
+            group.update(cut)
         for group, packed in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, number in zip(group["params"], packed["params"], strict=True):
                 for name, saved in state_dict["state"].get(number, {}).items():
                     if is_of_owner(name) and isinstance(saved, Tensor):
                         wide = torch.promote_types(parameter.dtype, torch.float32)
                         dtype = wide if saved.is_floating_point() else saved.dtype
-                        self.state[parameter][name] = saved.detach().to(parameter.device, dtype, copy=True)
+                        device = torch.device("cpu") if name == OWNED else parameter.device
+                        self.state[parameter][name] = saved.detach().to(device, dtype, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a copy's or a checkpoint's. A copy has no process group, and lacks what other ranks own."""
@@ -346,8 +357,10 @@ class MatrixOptimizer(Stepping):
         self._unchecked = True
 
     def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        """Refuse also parameters that were cut into other matrices: the checkpoint's state is of those."""
+        """Refuse also parameters that were cut into other matrices, if the checkpoint's state is of those."""
         super()._check_checkpoint(state_dict)
+        if not self.owns_state:
+            return
         for number, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
             for name in CUTS:
                 here, there = (_plain(settings.get(name)) for settings in (group, saved))

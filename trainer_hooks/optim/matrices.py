@@ -16,7 +16,7 @@ from gns_controller.core.errors import GeometryError
 CUTS = ("split_sizes", "num_heads", "batched")
 """Group settings that say which matrices a parameter is cut into."""
 OWNED = "owned"
-"""Entry of a parameter's state on the owner of its matrices: 0 after the first step, 1 from the second on."""
+"""Entry of a parameter's state on the owner of its matrices, on the CPU: 0 in the first step, 1 from the second on."""
 
 
 def matrices_of(whole: Tensor, group: Mapping[str, Any], *, block_size: int | None = None) -> list[Tensor]:
@@ -100,7 +100,8 @@ def lacks_matrices(state: Mapping[str, Any]) -> bool:
     """Whether a parameter was stepped, and its owner's share is missing or that of torch's initialising step.
 
     A full state dict of one rank brings the other ranks counts only, beside which torch leaves what that first step
-    made. Checkpoints without `owned`, from before there was one, are taken as they are.
+    made. A state_dict without `owned`, from before there was one, is taken as it is. A distributed checkpoint without
+    it cannot be loaded: torch misses the key, or, if told to go on, leaves the 0 of its own step.
     """
     stepped = float(state.get("step", 0))
     return (state.keys() == {"step"} and stepped > 0) or (stepped > 1 and not state.get(OWNED, 1))

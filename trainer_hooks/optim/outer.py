@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
 
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.optim.chunks import chunks_of
 from trainer_hooks.optim.decay import blocks_of, check_settings, refuse_sharded, state_block
+from trainer_hooks.optim.merged import MergedStates
 
 _BUFFERS = ("outer_slow", "outer_momentum")
 _COUNTS = ("outer_num_steps", "outer_interval")
@@ -89,9 +90,12 @@ class SNOO(torch.optim.Optimizer):
         return self.inner.param_groups
 
     @property
-    def state(self) -> Mapping[Tensor, dict[str, Any]]:  # type: ignore[override]
-        """Of each parameter the inner optimizer's state and the outer one's, as in state_dict. To be read only."""
-        return _Merged(self.inner.state, self._outer, self._counts)
+    def state(self) -> MutableMapping[Tensor, dict[str, Any]]:  # type: ignore[override]
+        """Of each parameter the inner optimizer's state and the outer one's, as in state_dict.
+
+        What is written goes to the one that it belongs to; the counts are this optimizer's own and stay.
+        """
+        return MergedStates(self.inner.state, self._outer, buffers=_BUFFERS, counts=self._counts())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the inner optimizer. Their slow weights begin where they are at the next step."""
@@ -263,6 +267,8 @@ class SNOO(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load both. A checkpoint of the inner optimizer alone starts at a boundary, from the present weights.
 
+        The first checkpoints counted in groups, and had no interval: it is taken to be the present one.
+
         Raises:
             InvalidInputError: it was saved between boundaries of another interval, or is not whole. Nothing is loaded.
         """
@@ -272,12 +278,19 @@ class SNOO(torch.optim.Optimizer):
             number: {name: state[name] for name in (*_BUFFERS, *_COUNTS) if isinstance(state.get(name), Tensor)}
             for number, state in state_dict["state"].items()
         }
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        for group in groups:
+            num_steps = group.pop("outer_num_steps", None)
+            for number in group["params"] if num_steps is not None else ():
+                counts = map(torch.tensor, (num_steps, self.interval))
+                outer[number] = {**dict(zip(_COUNTS, counts, strict=True)), **outer.get(number, {})}
         num_steps = self._saved_num_steps([saved for saved in outer.values() if "outer_slow" in saved])
         inner = {
             number: {name: value for name, value in state.items() if name not in (*_BUFFERS, *_COUNTS)}
             for number, state in state_dict["state"].items()
         }
-        self.inner.load_state_dict({**state_dict, "state": {number: state for number, state in inner.items() if state}})
+        inner = {number: state for number, state in inner.items() if state}
+        self.inner.load_state_dict({**state_dict, "state": inner, "param_groups": groups})
         self._num_steps = num_steps
         self._outer.clear()
         for group, packed in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -321,33 +334,6 @@ class SNOO(torch.optim.Optimizer):
                 f"{type(self).__name__}.{what} was called while its slow weights are in the parameters; leave "
                 "slow_weights() first."
             )
-
-
-class _Merged(Mapping[Tensor, dict[str, Any]]):
-    """States of the inner and the outer optimizer, merged when looked up. Without any: an empty dict, as torch's."""
-
-    def __init__(
-        self,
-        inner: Mapping[Tensor, dict[str, Any]],
-        outer: Mapping[Tensor, dict[str, Any]],
-        counts: Callable[[], dict[str, Tensor]],
-    ) -> None:
-        self._inner, self._outer, self._counts = inner, outer, counts
-
-    def __getitem__(self, parameter: Tensor) -> dict[str, Any]:
-        found = dict(self._inner.get(parameter, {}))
-        if parameter in self._outer:
-            found.update({**self._outer[parameter], **self._counts()})
-        return found
-
-    def __contains__(self, parameter: object) -> bool:
-        return parameter in self._inner or parameter in self._outer
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter({**self._inner, **self._outer})
-
-    def __len__(self) -> int:
-        return len({**self._inner, **self._outer})
 
 
 def _reshard(modules: Sequence[nn.Module]) -> None:

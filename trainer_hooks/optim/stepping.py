@@ -15,6 +15,61 @@ from trainer_hooks.optim.matrices import CUTS
 _SCHEDULERS_SETTINGS = {"initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 _OTHERS_SETTINGS = _SCHEDULERS_SETTINGS | {"param_names", "differentiable", "peak_lr"}
 """What torch, its schedulers and remember_peak write into groups and defaults."""
+OPTIMIZERS_SETTINGS = frozenset(
+    [
+        "batched",
+        "betas",
+        "cautious",
+        "decay",
+        "eps",
+        "epsilon",
+        "exponent",
+        "factors",
+        "grafting",
+        "grafting_beta2",
+        "grafting_epsilon",
+        "guard",
+        "lr",
+        "max_preconditioner_dim",
+        "maximize",
+        "method",
+        "momentum",
+        "nesterov",
+        "norm",
+        "num_heads",
+        "precondition_frequency",
+        "qr_iterations",
+        "refresh_due",
+        "relative_epsilon",
+        "rounds",
+        "scale",
+        "scale_by_nuclear_norm",
+        "shampoo_beta",
+        "spectral_normalization",
+        "split_sizes",
+        "start_preconditioning_step",
+        "tolerance",
+        "update_bias_correction",
+        "weight_decay",
+        "adjust_lr_fn",
+        "alpha",
+        "amsgrad",
+        "capturable",
+        "centered",
+        "dampening",
+        "decoupled_weight_decay",
+        "differentiable",
+        "foreach",
+        "fused",
+        "initial_accumulator_value",
+        "lr_decay",
+        "momentum_decay",
+        "ns_coefficients",
+        "ns_steps",
+        "rho",
+    ]
+)
+"""What the optimizers here write into groups, and torch's common ones. Any other key is the user's own."""
 _SHARED_SETTINGS = {"decay", "cautious", "maximize", "spectral_normalization", "update_bias_correction", "refresh_due"}
 """Of several optimizers, as CUTS, so that they tell none from another. Older checkpoints may go without."""
 
@@ -59,11 +114,11 @@ class Stepping(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
     def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        """Refuse groups with a setting that none here has, or without one of this optimizer's own."""
+        """Refuse groups with another optimizer's setting that none here has, or without one of this one's own."""
         known = {name for group in self.param_groups for name in group} | _OTHERS_SETTINGS | self._torch_settings
         own = self.defaults.keys() - _SHARED_SETTINGS - _OTHERS_SETTINGS - set(CUTS)
         for group in state_dict["param_groups"]:
-            strangers, missing = sorted(group.keys() - known), sorted(own - group.keys())
+            strangers, missing = sorted((group.keys() & OPTIMIZERS_SETTINGS) - known), sorted(own - group.keys())
             if strangers or missing:
                 found = f"hold {', '.join(strangers)}" if strangers else f"lack {', '.join(missing)}"
                 raise InvalidInputError(

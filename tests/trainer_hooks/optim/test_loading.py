@@ -26,6 +26,7 @@ from trainer_hooks.optim import (
     SinkGD,
     SpecSGD,
 )
+from trainer_hooks.optim.stepping import OPTIMIZERS_SETTINGS
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -127,7 +128,42 @@ def test_names_of_parameters_and_schedulers_settings_do_not_hinder_loading(kind:
         follow(loader, layer.weight, stream(6, 9, steps=1))
 
 
-@pytest.mark.parametrize("kind", [Muon, SinkGD, Shampoo, SOAP])
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_that_users_wrote_into_groups_come_back_with_the_checkpoint(kind: Any) -> None:
+    first, second = start(6, 9), start(6, 9)
+    before, after = kind([first]), kind([second])
+    before.param_groups[0].update(name="hidden", lr_scale=0.5)
+    follow(before, first, stream(6, 9, steps=2))
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert after.param_groups[0]["name"] == "hidden"
+    assert after.param_groups[0]["lr_scale"] == 0.5
+
+
+def test_every_setting_of_the_optimizers_here_and_of_torchs_common_ones_is_known_as_one() -> None:
+    torchs = ("SGD", "Adam", "AdamW", "Muon", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
+    kinds = [*KINDS, *(getattr(torch.optim, name) for name in torchs)]
+    settings = {name for kind in kinds for name in kind([start(6, 9)], lr=0.1).defaults}
+    assert settings <= OPTIMIZERS_SETTINGS
+
+
+@pytest.mark.parametrize("kind", [Muon, Scion, SinkGD, SpecSGD])
+def test_a_cut_that_no_state_depends_on_stays_as_it_was_built(kind: Any) -> None:
+    """The momentum of before lies beside the parameter, so the next step is that of the matrices cut now."""
+    whole, cut, other = start(6, 9), start(6, 9), start(6, 9)
+    before, after = kind([whole]), kind([{"params": [cut], "split_sizes": (2, 4)}])
+    straight = kind([{"params": [other], "split_sizes": (2, 4)}])
+    (grad,) = stream(6, 9, steps=1)
+    follow(before, whole, [grad])
+    follow(straight, other, [grad])
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert after.param_groups[0]["split_sizes"] == (2, 4)
+    with torch.no_grad():
+        other.copy_(cut)
+    assert torch.equal(follow(after, cut, [grad]), follow(straight, other, [grad]))
+    assert not torch.equal(cut, whole)
+
+
+@pytest.mark.parametrize("kind", [Shampoo, EShampoo, SOAP, ASGO])
 @pytest.mark.parametrize(
     ("there", "here", "message"),
     [

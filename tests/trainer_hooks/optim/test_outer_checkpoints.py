@@ -188,7 +188,7 @@ def test_a_session_counts_a_first_step_at_rate_0() -> None:
     assert optimizer.num_steps == 3
 
 
-def test_state_is_the_inner_one_s_and_the_outer_one_s_and_is_read_only() -> None:
+def test_state_is_the_inner_one_s_and_the_outer_one_s() -> None:
     layer = Layer()
     wrapped = SNOO(AdamW(layer.parameters(), lr=0.1), interval=5, momentum=0.5)
     state: Any = wrapped.state
@@ -200,11 +200,95 @@ def test_state_is_the_inner_one_s_and_the_outer_one_s_and_is_read_only() -> None
     assert layer.weight in wrapped.state
     assert wrapped.state[layer.weight].keys() == wrapped.state_dict()["state"][0].keys()
     assert {"step", "exp_avg", "outer_slow", "outer_momentum"} < wrapped.state[layer.weight].keys()
-    with pytest.raises(TypeError):
-        state[layer.weight] = {}
     alone = AdamW(layer.parameters(), lr=0.3)
     alone.load_state_dict(wrapped.inner.state_dict())
     assert alone.state[layer.weight].keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def by_item(state: Any) -> None:
+    for entries in state.values():
+        for name in entries:
+            entries[name] = entries[name].double()
+
+
+def by_update(state: Any) -> None:
+    for entries in state.values():
+        entries.update({name: value.double() for name, value in entries.items()})
+
+
+def by_union(state: Any) -> None:
+    for entries in state.values():
+        entries |= {name: value.double() for name, value in entries.items()}
+
+
+def by_parameter(state: Any) -> None:
+    for parameter, entries in state.items():
+        state[parameter] = {name: value.double() for name, value in entries.items()}
+
+
+def by_parameter_with_the_entries_own_class(state: Any) -> None:
+    """As Lightning moves collections."""
+    for parameter, entries in state.items():
+        state[parameter] = type(entries)({name: value.double() for name, value in entries.items()})
+
+
+@pytest.mark.parametrize(
+    "convert", [by_item, by_update, by_union, by_parameter, by_parameter_with_the_entries_own_class]
+)
+def test_state_can_be_moved_as_trainers_do_after_a_resume(convert: Callable[[Any], None]) -> None:
+    """Moved to another dtype, as there may be no other device: what was float32 is then float64 in both optimizers."""
+    parameter = nn.Parameter(torch.ones(SHAPE))
+    wrapped = SNOO(torch.optim.AdamW([parameter], lr=0.1), interval=5, momentum=0.5)
+    run(wrapped, parameter, gradients(*SHAPE)[:3])
+    before = {name: value.clone() for name, value in wrapped.state_dict()["state"][0].items()}
+    convert(wrapped.state)
+    after = wrapped.state_dict()["state"][0]
+    assert after.keys() == before.keys()
+    for name, value in after.items():
+        assert torch.equal(value, before[name].to(value.dtype)), name
+        assert value.dtype == (torch.int64 if name in ("outer_num_steps", "outer_interval") else torch.float64), name
+    assert wrapped.inner.state[parameter].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert wrapped.num_steps == 3
+
+
+def test_entries_of_the_state_are_made_and_deleted_where_they_belong() -> None:
+    layer = Layer()
+    wrapped = SNOO(AdamW(layer.parameters(), lr=0.1), interval=5, momentum=0.5)
+    run(wrapped, layer.weight, gradients(*SHAPE)[:2])
+    entries = wrapped.state[layer.weight]
+    assert isinstance(entries, dict)
+    assert type(copy.deepcopy(entries)) is dict, "a copy is nobody's state"
+    average = wrapped.inner.state[layer.weight]["exp_avg"]
+    assert entries.pop("exp_avg") is average
+    entries.setdefault("mine", torch.ones(1))
+    del entries["outer_momentum"]
+    assert wrapped.inner.state[layer.weight].keys() == {"step", "exp_avg_sq", "mine"}
+    assert "outer_momentum" not in wrapped.state[layer.weight]
+    wrapped.state.clear()
+    assert not wrapped.state
+    assert not wrapped.inner.state
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_checkpoint_that_counts_in_groups_goes_on_bit_for_bit(name: str, stop: int) -> None:
+    """As the first ones did, without an interval: it is the one that was built."""
+    make, grads = MAKERS[name], gradients(*SHAPE)
+    before = Layer()
+    saving = make(before)
+    run(saving, before.weight, grads[:stop])
+    saved = copy.deepcopy(saving.state_dict())
+    for state in saved["state"].values():
+        del state["outer_num_steps"], state["outer_interval"]
+    for group in saved["param_groups"]:
+        group["outer_num_steps"] = stop % 5
+    after = Layer(before.weight)
+    resumed = make(after)
+    resumed.load_state_dict(saved)
+    assert resumed.num_steps == stop % 5
+    assert "outer_num_steps" not in resumed.param_groups[0]
+    assert saved["param_groups"][0]["outer_num_steps"] == stop % 5, "the checkpoint stays as it was"
+    assert torch.equal(run(resumed, after.weight, grads[stop:]), run(saving, before.weight, grads[stop:]))
 
 
 def test_an_outer_optimizer_goes_around_no_other() -> None:

@@ -65,6 +65,38 @@ def test_a_checkpoint_from_before_owners_left_a_mark_goes_on_bit_for_bit(kind: A
     assert torch.equal(run(before, first, grads), run(whole, straight, grads))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("failing_step", [1, 2, 3])
+def test_a_run_that_went_on_after_a_failed_step_resumes_from_its_checkpoint(
+    kind: Any, failing_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one matrix lacks of memory keeps the next from being computed."""
+
+    def train(optimizer: Any, steps: range) -> list[Tensor]:
+        parameters: list[Tensor] = optimizer.param_groups[0]["params"]
+        for step in steps:
+            for parameter in parameters:
+                parameter.grad = grads[step].to(parameter.dtype)
+            optimizer.step()
+        return [parameter.detach().clone() for parameter in parameters]
+
+    def out_of_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    grads = gradients(4, 6, steps=6)
+    before = kind([nn.Parameter(torch.ones(4, 6)) for _ in range(2)])
+    train(before, range(failing_step - 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(before, "_pieces", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            train(before, range(1))
+    trained = train(before, range(failing_step, 5))
+    after = kind([nn.Parameter(weights) for weights in trained])
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    for found, expected in zip(train(after, range(5, 6)), train(before, range(5, 6)), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_counts_without_matrices_are_refused_at_the_next_step() -> None:
     parameter = nn.Parameter(torch.ones(4, 6))
     before = Shampoo([parameter])
