@@ -13,6 +13,7 @@ from torch import nn
 
 from gns_controller.core.contract import Geometry
 from gns_controller.core.errors import GeometryError, InvalidInputError
+from trainer_hooks.optim.bases import BaseOfParameter, find_bases
 from trainer_hooks.optim.matrices import matrices_of
 from trainer_hooks.optim.roles import (
     MATRIX_ROLES,
@@ -26,11 +27,9 @@ from trainer_hooks.optim.roles import (
 )
 from trainer_hooks.optim.takers import OptimizerToBe
 from trainer_hooks.optim.transfer import (
-    BaseOfParameter,
     TransferRule,
     base_shapes_of,
     epsilon_multiplier,
-    find_bases,
     learning_rate_multiplier,
     scale_in_words,
     weight_decay_multiplier,

@@ -50,6 +50,10 @@ _GATES = {(nn.LSTM, nn.LSTMCell): 4, (nn.GRU, nn.GRUCell): 3}
 _GATED = re.compile(r"weight_[ih]h")
 _HEAD = re.compile(r"lm_head|heads?|output|unembed\w*|embed_out|classifier|fc")
 _BIAS = re.compile(r"(^|_)bias(es)?($|_)")
+_TABLE = re.compile(r"(\w*_)?(wpe|wte|pos|positions?|positional|embed[a-z]*|emb|tokens?)(_in|_table|_\d+)?")
+"""Names of modules; a token_proj or a pos_mixer works on tables."""
+_TOKENS = re.compile(r"wte|((tokens?|tok|words?|vocab|input)_)?(emb|embed[a-z]*)(_(tokens?|words?|in|table))?|tokens?")
+_POSITIONS = re.compile(r"(^|_)(wpe|pos|positions?|positional)(_|$)")
 _EMBEDDED = re.compile(r"(^|_)(wpe|wte|pos|positions?|positional|embed\w*|emb|tokens?)(_|$)")
 
 
@@ -212,7 +216,7 @@ def _heads(places: Mapping[nn.Parameter, Sequence[Place]]) -> set[nn.Parameter]:
             at_top[below[0]] = parameter
     if at_top:
         return set(at_top.values())
-    shapes = {tuple(parameter.shape) for place, parameter in matrices if _is_embedding(place, parameter)}
+    shapes = {tuple(parameter.shape) for place, parameter in matrices if _is_of_tokens(place, parameter)}
     weights = [(place, parameter) for place, parameter in others if place.local == "weight"]
     fitting = [(place, parameter) for place, parameter in weights if tuple(parameter.shape) in shapes]
     outside = [parameter for place, parameter in fitting if not any(part.isdigit() for part in place.path)]
@@ -279,9 +283,22 @@ def _is_embedding(place: Place, parameter: nn.Parameter) -> bool:
     is_known = _is_norm(module) or (place.local == "weight" and isinstance(module, nn.modules.conv._ConvNd))
     if _num_sides(parameter) < 2 or is_known or _is_linear(place):
         return False
-    if place.local == "weight" and _EMBEDDING_CLASS.search(type(module).__name__):
+    if _is_embedding_class(place):
         return True
-    return bool(_EMBEDDED.search(place.noun)) and not _HEAD.fullmatch(place.noun)
+    is_table = _TABLE.fullmatch(place.noun) if place.local == "weight" else _EMBEDDED.search(place.noun)
+    return bool(is_table) and not _HEAD.fullmatch(place.noun)
+
+
+def _is_of_tokens(place: Place, parameter: nn.Parameter) -> bool:
+    """Of an embedding, whether its shape tells the head's: that of a square table of positions is any matrix's."""
+    if not _is_embedding(place, parameter) or _POSITIONS.search(place.noun):
+        return False
+    return _is_embedding_class(place) or bool(_TOKENS.fullmatch(place.noun))
+
+
+def _is_embedding_class(place: Place) -> bool:
+    is_named = place.local == "weight" and _EMBEDDING_CLASS.search(type(place.module).__name__)
+    return isinstance(place.module, _EMBEDDINGS) or bool(is_named)
 
 
 def _is_fused(place: Place, parameter: nn.Parameter) -> bool:

@@ -7,8 +7,7 @@ a matrix's outputs and inputs, n_out and n_in the numbers of blocks on these sid
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -271,79 +270,6 @@ def base_shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     The names carry no wrappers' prefixes. Plain data: `json.dumps` keeps it.
     """
     return {row.name: tuple(row.parameter.shape) for row in find_roles(model)}
-
-
-@dataclass(frozen=True)
-class BaseOfParameter:
-    """Where a parameter's settings were tuned."""
-
-    shape: tuple[int, ...]
-    depth: int
-    """Layers in the parameter's own stack; 1 if it is in none."""
-    base_depth: int
-
-
-def find_bases(
-    shapes: Mapping[str, Sequence[int]], base_shapes: Mapping[str, Sequence[int]]
-) -> dict[str, BaseOfParameter]:
-    """Every parameter's counterpart in the base model.
-
-    A layer that the base does not have takes another layer's of the same place, if all of them have one shape. Stacks
-    of equal layers count as depth; the entries of a list named experts do not, nor do lists inside a layer.
-
-    Args:
-        shapes: name -> shape of the model.
-        base_shapes: name -> shape of the base model.
-
-    Raises:
-        InvalidInputError: a parameter has no counterpart, or several of different shapes.
-    """
-    stacks, base_stacks = _stacks(shapes), _stacks(base_shapes)
-    found, strangers = {}, []
-    for name, shape in shapes.items():
-        place, _ = _place(name)
-        like = base_stacks.get(place, {})
-        candidates = {tuple(base_shapes[name])} if name in base_shapes else set(like)
-        if len(candidates) != 1:
-            strangers.append(name)
-            continue
-        base_shape = candidates.pop()
-        if len(base_shape) != len(shape):
-            raise InvalidInputError(f"{name} has shape {tuple(shape)}, its base {base_shape}: not of one kind.")
-        depth = base_depth = 1
-        if len(stacks[place]) == len(like) == 1:
-            depth, base_depth = len(stacks[place][tuple(shape)]), len(like[base_shape])
-        found[name] = BaseOfParameter(base_shape, depth, base_depth)
-    if strangers:
-        raise InvalidInputError(
-            f"base_shapes has no shape for {len(strangers)} parameters, or several to choose from: "
-            f"{', '.join(strangers[:5])}. Take them from a small model of the same kind, base_shapes_of(small)."
-        )
-    return found
-
-
-def _stacks(shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[tuple[int, ...], set[int]]]:
-    """Place in a layer -> shape -> the layers that have it."""
-    stacks: dict[str, dict[tuple[int, ...], set[int]]] = defaultdict(lambda: defaultdict(set))
-    for name, shape in shapes.items():
-        place, layer = _place(name)
-        stacks[place][tuple(shape)].add(layer)
-    return stacks
-
-
-def _place(name: str) -> tuple[str, int]:
-    """The name with * for its layer's and its experts' numbers, and the layer's: the first that is not an expert's.
-
-    The number inside a layer, as of a Sequential in each block, says which of its parts it is.
-    """
-    parts = name.split(".")
-    layer, place = None, []
-    for before, part in zip(["", *parts], parts, strict=False):
-        is_expert = before == "experts" and part.isdigit()
-        is_layer = layer is None and part.isdigit() and not is_expert
-        layer = int(part) if is_layer else layer
-        place.append("*" if is_expert or is_layer else part)
-    return ".".join(place), layer or 0
 
 
 def power_iterations(num_updates: int) -> int:

@@ -88,6 +88,32 @@ def test_a_head_of_an_unknown_class_is_known_by_the_embeddings_shape() -> None:
     assert roles_of(model)["embed_out.weight"] == "head"
 
 
+@pytest.mark.parametrize("name", ["token_mixer", "pos_proj", "token_proj", "embed_proj", "embed_mixer"])
+def test_a_matrix_that_works_on_tokens_is_no_embedding(name: str) -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({name: Own(8, 8)})]), "lm_head": Own(50, 8)})
+    assert roles_of(model) == {f"blocks.0.{name}.weight": "matrix", "lm_head.weight": "head"}
+
+
+@pytest.mark.parametrize("name", ["wpe", "tok_emb", "embed_tokens", "embed_in", "abs_pos", "embeddings", "embed_1"])
+def test_tables_of_unknown_classes_are_embeddings(name: str) -> None:
+    assert roles_of(nn.ModuleDict({name: Own(50, 8)})) == {f"{name}.weight": "embedding"}
+
+
+def test_a_square_table_of_positions_makes_nothing_the_head() -> None:
+    model = nn.ModuleDict({"proj": nn.Linear(8, 8, bias=False), "out": nn.Linear(8, 10, bias=False)})
+    model.register_parameter("pos_embed", nn.Parameter(torch.zeros(8, 8)))
+    assert roles_of(model) == {"pos_embed": "embedding", "proj.weight": "linear", "out.weight": "linear"}
+    model = nn.ModuleDict({"position_embeddings": nn.Embedding(8, 8), "proj": nn.Linear(8, 8, bias=False)})
+    assert roles_of(model) == {"position_embeddings.weight": "embedding", "proj.weight": "linear"}
+
+
+@pytest.mark.parametrize("name", ["wte", "tok_emb", "embed_tokens", "word_embeddings", "embed"])
+def test_a_bare_table_of_tokens_tells_the_head(name: str) -> None:
+    model = nn.ModuleDict({"mix": nn.Linear(8, 8, bias=False), "to_words": nn.Linear(8, 50, bias=False)})
+    model.register_parameter(name, nn.Parameter(torch.zeros(50, 8)))
+    assert roles_of(model) == {name: "embedding", "mix.weight": "linear", "to_words.weight": "head"}
+
+
 @pytest.mark.parametrize("name", ["qkv_w", "qkv_weight", "W_qkv", "in_proj_weight", "c_attn_weight"])
 def test_a_bare_fused_projection_is_known_by_its_name(name: str) -> None:
     model = nn.Module()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 
 from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.examples.llama import Llama, LlamaConfig
+from trainer_hooks.optim.bases import BaseOfParameter, find_bases
 from trainer_hooks.optim.grouping import parameter_groups
-from trainer_hooks.optim.transfer import BaseOfParameter, base_shapes_of, find_bases
+from trainer_hooks.optim.transfer import base_shapes_of
 
 
 def test_base_shapes_survive_json_and_need_no_memory() -> None:
@@ -79,6 +81,55 @@ def test_lists_inside_a_layer_are_no_depth_and_hide_none(depth: int, base_depth:
         "mixers.2.weight": (8, 8),
     }
     assert {name: found[f"{last}.{name}"].shape for name in shapes} == shapes
+
+
+class Stack(nn.Module):
+    """Layers under a name of their own."""
+
+    def __init__(self, width: int, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(num_layers))
+
+
+def in_a_sequence(width: int, num_layers: int) -> nn.Module:
+    return nn.Sequential(nn.Embedding(20, width), Stack(width, num_layers), nn.Linear(width, 20, bias=False))
+
+
+def in_stages(width: int, num_layers: int) -> nn.Module:
+    return nn.ModuleDict({"stages": nn.ModuleList(Stack(width, num_layers) for _ in range(2))})
+
+
+@pytest.mark.parametrize("build", [in_a_sequence, in_stages])
+@pytest.mark.parametrize(("depth", "base_depth"), [(4, 2), (2, 4), (3, 1)])
+def test_a_number_before_the_layers_is_no_layer(
+    build: Callable[[int, int], nn.Module], depth: int, base_depth: int
+) -> None:
+    found = find_bases(base_shapes_of(build(16, depth)), base_shapes_of(build(8, base_depth)))
+    layers = {name: row for name, row in found.items() if ".layers." in name}
+    assert len(layers) == depth * (1 if build is in_a_sequence else 2)
+    assert set(layers.values()) == {BaseOfParameter((8, 8), depth, base_depth)}
+    assert all(row.depth == row.base_depth for name, row in found.items() if name not in layers)
+
+
+def test_stages_of_other_widths_and_depths_have_depths_of_their_own() -> None:
+    def stages(width: int, *depths: int) -> dict[str, tuple[int, ...]]:
+        return {
+            f"stages.{stage}.blocks.{layer}.w": (width << stage, width << stage)
+            for stage, depth in enumerate(depths)
+            for layer in range(depth)
+        }
+
+    found = find_bases(stages(16, 2, 6), stages(8, 2, 2))
+    assert found["stages.0.blocks.1.w"] == BaseOfParameter((8, 8), depth=2, base_depth=2)
+    assert found["stages.1.blocks.5.w"] == BaseOfParameter((16, 16), depth=6, base_depth=2)
+
+
+def test_heads_of_a_list_in_each_layer_are_no_depth() -> None:
+    def heads(number: int) -> dict[str, tuple[int, ...]]:
+        return {f"blocks.{layer}.heads.{head}.w": (8, 8) for layer in range(3) for head in range(number)}
+
+    with pytest.raises(InvalidInputError, match=r"several to choose from: blocks.0.heads.2.w"):
+        find_bases(heads(4), heads(2))
 
 
 def test_the_rate_of_a_perceptron_inside_a_block_follows_the_depth() -> None:
