@@ -131,7 +131,7 @@ def _mark_of(state: Mapping[str, Any] | None) -> tuple[int | None, int] | str:
     if state is None:
         return None, 0
     try:
-        return int(state["optimizer_step"]), zlib.crc32(json.dumps(state, sort_keys=True, default=str).encode())
+        return int(state.get("optimizer_step", 0)), zlib.crc32(json.dumps(state, sort_keys=True, default=str).encode())
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
