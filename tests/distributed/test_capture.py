@@ -124,7 +124,8 @@ def test_replicated_ranks_measure_what_the_reference_says_of_gathered_gradients(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 4])
 def test_fsdp2_measures_what_the_reference_says_of_gathered_gradients(num_ranks: int) -> None:
     lines = run({name: {**case, "layout": "fsdp2"} for name, case in SHARDED.items()}, num_ranks)
     # Halves are split in time: ranks are averaged before anybody looks. rank_variance stands before that.

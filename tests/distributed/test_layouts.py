@@ -11,6 +11,7 @@ from tests.torchrun import torchrun
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_layouts_clip_alike_and_neither_failures_nor_the_self_test_leave_anything_behind() -> None:
     result = torchrun(Path(__file__).with_name("layout_worker.py"), num_ranks=2, timeout_seconds=120)
     passed = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("PASSED")]

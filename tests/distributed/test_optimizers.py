@@ -29,7 +29,8 @@ def test_every_layout_steps_as_one_process_does_and_nobody_is_left_waiting(num_r
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 4])
 def test_matrices_that_are_empty_at_rest_or_missing_stop_nobody_alone(num_ranks: int) -> None:
     expected = {f"empty matrices: {name}" for name in ("Muon", "SinkGD", "Shampoo", "SOAP")}
     expected |= {f"resting matrices: {name}" for name in ("Shampoo", "EShampoo", "SOAP", "ASGO")}

@@ -23,6 +23,7 @@ EXPECTED = {
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_what_measuring_relies_on_is_tested_at_attach_and_faults_are_told_by_name() -> None:
     result = torchrun(
         Path(__file__).with_name("selftest_worker.py"), num_ranks=2, environment={"CASES": ",".join(EXPECTED)}

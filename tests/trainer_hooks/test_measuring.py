@@ -247,7 +247,7 @@ def test_what_measuring_cannot_do_is_said_at_attach() -> None:
     ("settings", "step_seconds", "norm_seconds"),
     [
         ({}, 0.15, 0.0001),
-        ({"measurement_budget": 0.3}, 1.0, 0.01),
+        pytest.param({"measurement_budget": 0.3}, 1.0, 0.01, marks=pytest.mark.slow),
         ({"measurement_interval": Span(steps=1), "measurement_budget": 0.01}, 1.0, 0.5),
     ],
 )
