@@ -29,6 +29,7 @@ from gns_controller.core.policies import AnyPolicyConfig, PolicyState, decide, i
 from gns_controller.core.replay import ReplayReport, compare_log, resume_steps
 from gns_controller.core.runs import (
     IngestReply,
+    PolicyView,
     Registration,
     RegistrationReply,
     RunSpecification,
@@ -152,7 +153,7 @@ class Controller:
         heads = self._store.heads(limit=limit, before=before)
         return [(head.registered_sequence, view_of(head, state=self._state(head))) for head in heads]
 
-    def policy(self, run_id: str) -> controls.PolicyAnswer:
+    def policy(self, run_id: str) -> PolicyView:
         """Who decides about a run.
 
         Raises:
@@ -163,7 +164,7 @@ class Controller:
 
     def set_policy(
         self, run_id: str, policy: AnyPolicyConfig, *, revisions: Collection[int] | None, note: str = ""
-    ) -> Future[controls.PolicyAnswer]:
+    ) -> Future[PolicyView]:
         """Let this policy decide from the next measurement on.
 
         The future raises InvalidInputError if it cannot steer this run; for `revisions` and the rest see
@@ -171,18 +172,14 @@ class Controller:
         """
         return self._speak(run_id, controls.new_policy(policy, note=note), revisions)
 
-    def set_override(
-        self, run_id: str, override: Override, *, revisions: Collection[int] | None
-    ) -> Future[controls.PolicyAnswer]:
+    def set_override(self, run_id: str, override: Override, *, revisions: Collection[int] | None) -> Future[PolicyView]:
         """Put this above the policy from the next measurement on.
 
         The future raises BatchShapeError for a pinned batch that the present ranks cannot make, or beyond the budget.
         """
         return self._speak(run_id, controls.new_override(override), revisions)
 
-    def release_override(
-        self, run_id: str, *, revisions: Collection[int] | None, note: str = ""
-    ) -> Future[controls.PolicyAnswer]:
+    def release_override(self, run_id: str, *, revisions: Collection[int] | None, note: str = "") -> Future[PolicyView]:
         """Give the word back to the policy. The future raises NoOverrideError if it has it."""
         return self._speak(run_id, controls.release(note=note), revisions)
 
@@ -318,10 +315,8 @@ class Controller:
     def _state(self, head: RunHead) -> RunState:
         return run_state(head, now=self._clock(), silent_after_seconds=self._silent_after_seconds)
 
-    def _speak(
-        self, run_id: str, speech: controls.Speech, revisions: Collection[int] | None
-    ) -> Future[controls.PolicyAnswer]:
-        def answer(transaction: Transaction) -> controls.PolicyAnswer:
+    def _speak(self, run_id: str, speech: controls.Speech, revisions: Collection[int] | None) -> Future[PolicyView]:
+        def answer(transaction: Transaction) -> PolicyView:
             head = controls.speak(transaction, run_id, speech, revisions=revisions, now=self._clock())
             return controls.policy_view(head, state=self._state(head))
 

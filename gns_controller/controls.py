@@ -38,12 +38,6 @@ from gns_controller.core.runs import (
 from gns_controller.store import ControlBody, LogEntry, MeasurementBody, NewEntry, RunHead, Transaction
 
 
-class PolicyAnswer(PolicyView):
-    """Who decides, and whether there is still something to decide: a finished run keeps it for its next attempt."""
-
-    state: RunState
-
-
 class Word(NamedTuple):
     """What an operator says."""
 
@@ -166,9 +160,9 @@ def check_for(specification: RunSpecification, policy: AnyPolicyConfig) -> None:
         raise InvalidInputError(str(fault.get("ctx", {}).get("error", fault["msg"]))) from None
 
 
-def policy_view(head: RunHead, *, state: RunState) -> PolicyAnswer:
+def policy_view(head: RunHead, *, state: RunState) -> PolicyView:
     """Who decides."""
-    return PolicyAnswer(
+    return PolicyView(
         run_id=head.run_id,
         state=state,
         policy=head.policy,

@@ -108,8 +108,9 @@ class Projections:
 def _in_force(head: RunHead) -> tuple[int, int]:
     """Plan version, and the batch that steps are counted by."""
     plan, last = head.state.plan, head.last_measurement
-    shadow = head.specification.mode == "shadow" and last is not None
-    return plan.version, last.global_batch_size if last is not None and shadow else plan.global_batch_size
+    if last is not None and head.specification.mode == "shadow":
+        return plan.version, last.global_batch_size
+    return plan.version, plan.global_batch_size
 
 
 def _projected(head: RunHead) -> Projection | None:

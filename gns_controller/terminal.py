@@ -90,8 +90,7 @@ def ahead_text(projection: dict[str, Any] | None) -> tuple[str, str]:
             changes.append((stage["global_batch_size"], stage["samples_seen"]))
     told = [f"{batch} from {samples}" for batch, samples in changes]
     if len(told) > _MOST_STAGES:
-        told[_MOST_STAGES - 1 : -1] = ["..."]
-        told[-2:] = [f"... {told[-1]}"]
+        told = [*told[: _MOST_STAGES - 1], f"... {told[-1]}"]
     if not told:
         return f"{left['expected']}{interval}", "no change"
     batch, samples = changes[0]

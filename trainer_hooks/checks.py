@@ -104,7 +104,7 @@ def undivided(optimizers: Sequence[torch.optim.Optimizer], layout: Layout) -> li
     if layout.name != "DDP" or layout.ranks.size == 1:
         return []
     found = [each for each in map(innermost, optimizers) if isinstance(each, MatrixOptimizer)]
-    return list(dict.fromkeys(kind_of(each) for each in found if each._process_group is None))
+    return list(dict.fromkeys(kind_of(each) for each in found if not each.divides_work))
 
 
 def check_same_state(state: Mapping[str, Any] | None, ranks: RankGroup) -> None:

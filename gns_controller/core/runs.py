@@ -160,6 +160,8 @@ class PolicyView(FrozenModel):
     """Above the policy until it is released."""
     changed_at: datetime | None
     """When an operator last spoke; None: never."""
+    state: RunState
+    """A finished run keeps what is said for its next attempt."""
 
 
 class RecordedMeasurement(FrozenModel):

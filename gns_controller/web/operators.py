@@ -10,12 +10,12 @@ from fastapi import APIRouter, Depends, Header, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from gns_controller.controls import PolicyAnswer, recorded_event
+from gns_controller.controls import recorded_event
 from gns_controller.core.contract import FrozenModel, Override
 from gns_controller.core.errors import BatchShapeError
 from gns_controller.core.policies import AnyPolicyConfig
 from gns_controller.core.replay import ReplayReport
-from gns_controller.core.runs import ControlPage
+from gns_controller.core.runs import ControlPage, PolicyView
 from gns_controller.web.bodies import json_body, merge_patch, patched_policy, whole_policy
 from gns_controller.web.dependencies import (
     CursorQuery,
@@ -49,9 +49,7 @@ class ReplayBody(FrozenModel):
     """Take the batch in force from each measurement; null: as it was done for what ran, false for another policy."""
 
 
-@router.get(
-    "/runs/{run_id}/policy", response_model=PolicyAnswer, responses={200: dict(_ETAG), **problems(404, 422, 503)}
-)
+@router.get("/runs/{run_id}/policy", response_model=PolicyView, responses={200: dict(_ETAG), **problems(404, 422, 503)})
 async def show_policy(run_id: RunIdPath, service: ServiceDep) -> Response:
     """Who decides: the policy, its revision, and the override above it."""
     return _answer(await run_in_threadpool(service.controller.policy, run_id))
@@ -59,7 +57,7 @@ async def show_policy(run_id: RunIdPath, service: ServiceDep) -> Response:
 
 @router.patch(
     "/runs/{run_id}/policy",
-    response_model=PolicyAnswer,
+    response_model=PolicyView,
     responses={200: dict(_ETAG), **problems(400, 404, 412, 413, 415, 422, 428, 429, 503)},
     openapi_extra=patch_of("the policy"),
 )
@@ -83,7 +81,7 @@ async def change_policy(
 
 @router.put(
     "/runs/{run_id}/policy",
-    response_model=PolicyAnswer,
+    response_model=PolicyView,
     responses={200: dict(_ETAG), **problems(400, 404, 412, 413, 415, 422, 428, 429, 503)},
     openapi_extra=policy_body(),
 )
@@ -103,7 +101,7 @@ async def replace_policy(
 
 @router.post(
     "/runs/{run_id}/override",
-    response_model=PolicyAnswer,
+    response_model=PolicyView,
     responses={200: dict(_ETAG), **problems(400, 404, 412, 413, 415, 422, 428, 429, 503)},
     openapi_extra=body_of(Override),
 )
@@ -126,7 +124,7 @@ async def put_override(
 
 @router.delete(
     "/runs/{run_id}/override",
-    response_model=PolicyAnswer,
+    response_model=PolicyView,
     responses={200: dict(_ETAG), **problems(404, 412, 422, 428, 429, 503)},
 )
 async def release_override(
@@ -178,7 +176,7 @@ async def replay(
     return await run_in_threadpool(answer)
 
 
-def _answer(view: PolicyAnswer) -> Response:
+def _answer(view: PolicyView) -> Response:
     return json_response(view, headers={"ETag": f'"{view.policy_revision}"'})
 
 

@@ -74,6 +74,11 @@ class MatrixOptimizer(Stepping):
         defaults = {"split_sizes": None, "num_heads": None, "batched": False, **defaults}
         super().__init__(params, defaults)
 
+    @property
+    def divides_work(self) -> bool:
+        """Whether it was given a process group to share plain tensors' matrices out over. DTensors bring their own."""
+        return self._process_group is not None
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         for parameter in group["params"]:
