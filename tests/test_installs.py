@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SERVICE_SCRIPT = """
 import json, pathlib, subprocess, sys, time, urllib.request
-for absent in ("torch", "numpy", "trainer_hooks.session"):
+for absent in ("torch", "numpy", "trainer_hooks.session.adaptive_batch"):
     try:
         __import__(absent)
     except ImportError:

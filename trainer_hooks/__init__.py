@@ -9,7 +9,7 @@ except ImportError:
         "trainer_hooks needs PyTorch: pip install 'gns-controller[trainer]' (on CPU: pip install torch==2.13.0)."
     ) from None
 
-from trainer_hooks.batching import warmup_cosine
-from trainer_hooks.session import AdaptiveBatch
+from trainer_hooks.data import warmup_cosine
+from trainer_hooks.session.adaptive_batch import AdaptiveBatch
 
 __all__ = ["AdaptiveBatch", "warmup_cosine"]

@@ -31,12 +31,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gns_controller.core.contract import Estimator, Geometry
-from trainer_hooks.capture import Counts, DataParallel, Dealing, GroupReader, Layout, Measured, MeasuredGroup
-from trainer_hooks.capture.accumulators import SignedAccumulator, SpreadAccumulator
-from trainer_hooks.capture.step import CapturedStep
-from trainer_hooks.collectives import RankGroup
+from trainer_hooks.distributed.collectives import RankGroup
+from trainer_hooks.distributed.layout import DataParallel, Layout
 from trainer_hooks.estimators import choose_patterns, spectral
 from trainer_hooks.estimators.spectral import SpectralNorms
+from trainer_hooks.measurement.capture.accumulators import SignedAccumulator, SpreadAccumulator
+from trainer_hooks.measurement.capture.captured_step import CapturedStep, Counts, Dealing
+from trainer_hooks.measurement.group_reader import GroupReader
+from trainer_hooks.measurement.groups import MeasuredGroup
+from trainer_hooks.measurement.sums_row import Measured
 
 WIDTH, LAYERS, FEED_FORWARD, VOCABULARY, CONTEXT = 768, 12, 3072, 32_000, 2048
 RANKS, SAMPLES_PER_RANK, REPETITIONS, INTERVALS = 8, 16, 5, (25, 100)

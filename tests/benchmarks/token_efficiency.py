@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import trainer_hooks
 from tests.benchmarks.report import environment, show
-from trainer_hooks.batching.schedule import warmup_cosine
+from trainer_hooks.data.lr_schedule import warmup_cosine
 from trainer_hooks.examples.corpus import ByteSequences, read_standard_library
 from trainer_hooks.examples.llama import Llama, LlamaConfig, next_token_loss
 from trainer_hooks.optim import ASGO, SNOO, SOAP, AdamW, EShampoo, Muon, Shampoo, Signum

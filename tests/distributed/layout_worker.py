@@ -23,12 +23,12 @@ from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import HoldPolicyConfig, Stage, StagesPolicyConfig
 from tests.torchrun import end_rank
 from trainer_hooks import AdaptiveBatch
-from trainer_hooks.capture import Fsdp2Capture, find_layout
-from trainer_hooks.capture.layout import parameter_groups_of
-from trainer_hooks.clipping import clip_grad_norm
-from trainer_hooks.estimators.geometries import SPLIT_SUMS
+from trainer_hooks.distributed.clipping import clip_grad_norm
+from trainer_hooks.distributed.layout import find_layout, parameter_groups_of
+from trainer_hooks.distributed.sharding import local_tensor
+from trainer_hooks.estimators.by_geometry import SPLIT_SUMS
+from trainer_hooks.measurement.capture.fsdp2 import Fsdp2Capture
 from trainer_hooks.optim import Signum
-from trainer_hooks.sharding import local_tensor
 
 
 class Block(nn.Module):

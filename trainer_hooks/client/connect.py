@@ -13,7 +13,7 @@ from gns_controller.core.runs import Registration, RunSpecification
 from trainer_hooks.client.http import HttpController
 from trainer_hooks.client.local import LocalController
 from trainer_hooks.client.protocol import Controller, Orders
-from trainer_hooks.collectives import RankGroup
+from trainer_hooks.distributed.collectives import RankGroup
 
 _REGISTRATION_SECONDS = 5.0
 """Once, at attach: a wrong specification is better told now than later."""

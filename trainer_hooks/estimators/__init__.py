@@ -5,8 +5,8 @@ No communication, no parameters, no state. `rank_variance`, `inner_product_varia
 per-tensor sums that the hooks use, and `choose_patterns` says which groups those sums set against each other.
 """
 
-from trainer_hooks.estimators.ceilings import pure_noise_reading
 from trainer_hooks.estimators.patterns import SignPattern, choose_patterns
+from trainer_hooks.estimators.pure_noise import pure_noise_reading
 from trainer_hooks.estimators.reference import (
     Estimate,
     inner_product_variance,

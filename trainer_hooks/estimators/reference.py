@@ -18,7 +18,7 @@ from gns_controller.core.contract import Geometry
 from gns_controller.core.errors import GeometryError, InvalidInputError, TooFewGroupsError
 from gns_controller.core.few_groups import c4
 from trainer_hooks.estimators import euclidean, sign, spectral
-from trainer_hooks.estimators.geometries import PROGRESS_SUMS, SPLIT_SUMS
+from trainer_hooks.estimators.by_geometry import PROGRESS_SUMS, SPLIT_SUMS
 from trainer_hooks.estimators.sums import DualNorms, finished_progress, split_dual_norms, spread_dual_norms
 
 Gradients = Sequence[Tensor | None]

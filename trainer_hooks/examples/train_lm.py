@@ -28,14 +28,14 @@ from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import Decision, Span
 from gns_controller.core.errors import GnsError, InvalidInputError
 from trainer_hooks import AdaptiveBatch, warmup_cosine
-from trainer_hooks.coupled import find_couplings
 from trainer_hooks.examples.checkpoints import described, read_checkpoint, settings_of, with_batch, write_checkpoint
 from trainer_hooks.examples.corpus import ByteSequences, read_standard_library
 from trainer_hooks.examples.llama import Llama, LlamaConfig, next_token_loss
 from trainer_hooks.examples.options import DEFAULT_LEARNING_RATES, coupling_of, parse_arguments
 from trainer_hooks.kernels import NEWTON_SCHULZ_5
 from trainer_hooks.optim import Muon, Signum
-from trainer_hooks.steps import Step
+from trainer_hooks.session.optimizer_coupling import find_couplings
+from trainer_hooks.session.step import Step
 
 
 def build_optimizers(

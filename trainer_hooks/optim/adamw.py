@@ -9,17 +9,10 @@ import torch
 from torch import Tensor
 
 from gns_controller.core.errors import InvalidInputError
-from trainer_hooks.optim.chunks import chunks_of
-from trainer_hooks.optim.decay import (
-    Decay,
-    blocks_of,
-    check_settings,
-    descend,
-    gradient_of,
-    state_block,
-)
-from trainer_hooks.optim.halves import TakesHalves
-from trainer_hooks.optim.stepping import Stepping
+from trainer_hooks.optim.engine.chunks import chunks_of
+from trainer_hooks.optim.engine.optimizer import Stepping
+from trainer_hooks.optim.engine.split_halves import TakesHalves
+from trainer_hooks.optim.engine.update import Decay, blocks_of, check_settings, descend, gradient_of, state_block
 
 
 class AdamW(TakesHalves, Stepping):

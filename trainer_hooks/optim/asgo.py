@@ -13,9 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gns_controller.core.errors import InvalidInputError
-from trainer_hooks.optim.base import MatrixOptimizer
-from trainer_hooks.optim.decay import Decay, check_settings
-from trainer_hooks.optim.factors import (
+from trainer_hooks.optim.engine.kronecker_factors import (
     average,
     average_grams,
     check_betas,
@@ -26,7 +24,9 @@ from trainer_hooks.optim.factors import (
     where_finite,
     with_rms,
 )
-from trainer_hooks.optim.matrices import MatrixState
+from trainer_hooks.optim.engine.matrices import MatrixState
+from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
+from trainer_hooks.optim.engine.update import Decay, check_settings
 
 
 class ASGO(MatrixOptimizer):

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.kernels import POLAR_EXPRESS_4, OrthogonalizationSchedule, orthogonalize
-from trainer_hooks.optim.base import MatrixOptimizer
-from trainer_hooks.optim.decay import Decay, check_settings, gradient_of, state_block
-from trainer_hooks.optim.matrices import MatrixState
-from trainer_hooks.optim.scales import Scale, update_scale
+from trainer_hooks.optim.engine.matrices import MatrixState
+from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
+from trainer_hooks.optim.engine.update import Decay, check_settings, gradient_of, state_block
+from trainer_hooks.optim.engine.update_scale import Scale, update_scale
 
 
 class Muon(MatrixOptimizer):

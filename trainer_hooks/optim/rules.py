@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer_hooks.optim.scales import Scale
-from trainer_hooks.optim.transfer import RuleName, TransferRule
+from trainer_hooks.optim.engine.update_scale import Scale
+from trainer_hooks.optim.grouping.width_transfer import RuleName, TransferRule
 
 _RULES: dict[str, RuleName] = {
     **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Lion", "SignSGD", "Signum"), "adam"),

@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from gns_controller.core.errors import GeometryError, InvalidInputError
 from trainer_hooks.kernels import NEWTON_SCHULZ_5, OrthogonalizationSchedule, orthogonalize
-from trainer_hooks.optim.base import MatrixOptimizer
-from trainer_hooks.optim.decay import check_settings, gradient_of, state_block
-from trainer_hooks.optim.matrices import MatrixState
+from trainer_hooks.optim.engine.matrices import MatrixState
+from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
+from trainer_hooks.optim.engine.norms import safe_rms
+from trainer_hooks.optim.engine.update import check_settings, gradient_of, state_block
 from trainer_hooks.optim.muon import check_iteration
-from trainer_hooks.optim.norms import safe_rms
 
 Norm = Literal["spectral", "sign", "row", "column", "bias_rms"]
 """The ball that a group's steps and, with weight decay, its weights are in. G is a matrix of M rows and N columns.

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gns_controller.core.errors import InvalidInputError
-from trainer_hooks.optim.decay import Decay, blocks_of, check_settings
-from trainer_hooks.optim.factors import (
+from trainer_hooks.optim.engine.kronecker_factors import (
     FactoredOptimizer,
     average,
     average_grams,
@@ -32,9 +31,10 @@ from trainer_hooks.optim.factors import (
     where_finite,
     with_rms,
 )
-from trainer_hooks.optim.halves import TakesHalves
-from trainer_hooks.optim.matrices import MatrixState
-from trainer_hooks.optim.norms import safe_rms
+from trainer_hooks.optim.engine.matrices import MatrixState
+from trainer_hooks.optim.engine.norms import safe_rms
+from trainer_hooks.optim.engine.split_halves import TakesHalves
+from trainer_hooks.optim.engine.update import Decay, blocks_of, check_settings
 
 Factors = Literal["gradient", "kl"]
 """What the factors average: G G^T and G^T G, or the same with the other side whitened (KL-Shampoo)."""

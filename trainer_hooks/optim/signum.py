@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from gns_controller.core.errors import InvalidInputError
-from trainer_hooks.optim.decay import (
-    Decay,
-    blocks_of,
-    check_settings,
-    descend,
-    gradient_of,
-    state_block,
-)
-from trainer_hooks.optim.stepping import Stepping
+from trainer_hooks.optim.engine.optimizer import Stepping
+from trainer_hooks.optim.engine.update import Decay, blocks_of, check_settings, descend, gradient_of, state_block
 
 
 class Signum(Stepping):

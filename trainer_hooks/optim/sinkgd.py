@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer_hooks.optim.base import MatrixOptimizer
-from trainer_hooks.optim.decay import Decay, check_settings
-from trainer_hooks.optim.matrices import MatrixState
+from trainer_hooks.optim.engine.matrices import MatrixState
+from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
+from trainer_hooks.optim.engine.update import Decay, check_settings
 
 _LEAST_NORM = 1e-8
 _LARGEST_ENTRY = 1e15

@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer_hooks.kernels import eigenbasis
-from trainer_hooks.optim.decay import Decay, check_settings
-from trainer_hooks.optim.factors import (
+from trainer_hooks.optim.engine.kronecker_factors import (
     FactoredOptimizer,
     average,
     average_grams,
@@ -29,7 +28,8 @@ from trainer_hooks.optim.factors import (
     update_cost,
     where_finite,
 )
-from trainer_hooks.optim.matrices import MatrixState
+from trainer_hooks.optim.engine.matrices import MatrixState
+from trainer_hooks.optim.engine.update import Decay, check_settings
 
 _SIDES = ("left", "right")
 

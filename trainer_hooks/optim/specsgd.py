@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer_hooks.kernels import EXACT, orthogonalize
-from trainer_hooks.optim.base import MatrixOptimizer
-from trainer_hooks.optim.decay import Decay
-from trainer_hooks.optim.matrices import MatrixState
+from trainer_hooks.optim.engine.matrices import MatrixState
+from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
+from trainer_hooks.optim.engine.update import Decay
 from trainer_hooks.optim.muon import check_iteration
 
 

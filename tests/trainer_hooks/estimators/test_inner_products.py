@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from gns_controller.core.errors import TooFewGroupsError
-from trainer_hooks.capture.kept import ENTRIES_AT_ONCE, KeptGradients
 from trainer_hooks.estimators import inner_product_variance
 from trainer_hooks.estimators.sums import inner_product_variance as finished
+from trainer_hooks.measurement.capture.per_micro_batch import ENTRIES_AT_ONCE, KeptGradients
 
 
 def in_plain_numbers(groups: list[list[list[float]]], sizes: list[float]) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from trainer_hooks.optim.base import MatrixOptimizer
+from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
 
 SHAPES = [(6, 6), (12, 5), (5, 12)]
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from gns_controller.core.errors import InvalidInputError
 from tests.trainer_hooks.optim.streams import gradients, run
-from tests.trainer_hooks.test_session import attach, network, train
+from tests.trainer_hooks.session.test_adaptive_batch import attach, network, train
 from trainer_hooks.optim import SNOO, AdamW, Lookahead, Muon, Shampoo
 
 SHAPE = (4, 3)

@@ -25,7 +25,7 @@ from tests.trainer_hooks.optim.matrix_streams import (
     start,
     stream,
 )
-from trainer_hooks.optim.exchange import Exchange
+from trainer_hooks.optim.engine.exchange import Exchange
 from trainer_hooks.optim.soap import SOAP
 
 
@@ -185,7 +185,7 @@ def test_work_is_counted_on_the_sides_that_are_rotated_alone(monkeypatch: pytest
         counted.extend(costs)
         return Exchange(parameters, costs, group)
 
-    monkeypatch.setattr("trainer_hooks.optim.base.Exchange", recorded)
+    monkeypatch.setattr("trainer_hooks.optim.engine.matrix_optimizer.Exchange", recorded)
     for shape in ((20, 6), (6, 5)):
         parameter = torch.nn.Parameter(torch.zeros(shape))
         optimizer = SOAP([parameter], max_preconditioner_dim=10, precondition_frequency=5)

@@ -12,8 +12,8 @@ from torch import nn
 from gns_controller.core.errors import InvalidInputError
 from tests.trainer_hooks.optim.streams import gradients
 from trainer_hooks.optim import ASGO, SOAP, EShampoo, Shampoo
-from trainer_hooks.optim.grouping import parameter_groups
-from trainer_hooks.optim.transfer import base_shapes_of
+from trainer_hooks.optim.grouping.parameter_groups import parameter_groups
+from trainer_hooks.optim.grouping.width_transfer import base_shapes_of
 
 
 @pytest.mark.parametrize("kind", [Shampoo, EShampoo, SOAP, ASGO])

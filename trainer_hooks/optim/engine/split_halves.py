@@ -1,0 +1,63 @@
+"""What an optimizer hears about the two halves of a batch besides their mean gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from gns_controller.core.errors import InvalidInputError
+from trainer_hooks.distributed.sharding import local_tensor
+
+_NOTHING: Mapping[Tensor, Tensor] = MappingProxyType({})
+
+
+class TakesHalves:
+    """For optimizers with the group setting update_bias_correction.
+
+    A batch is cut into halves A and B of equal size. With g the gradient of the batch and d = (g_A - g_B) / 2, the
+    halves' own gradients are g_A = g + d and g_B = g - d.
+    """
+
+    param_groups: list[dict[str, Any]]
+    _halves: Mapping[Tensor, Tensor] = _NOTHING
+
+    @property
+    def wants_halves(self) -> bool:
+        """Whether any group corrects, so that the next step has a use for supply_halves."""
+        return any(group["update_bias_correction"] for group in self.param_groups)
+
+    def supply_halves(self, differences: Mapping[Tensor, Tensor]) -> None:
+        """Hand over d for the next step, which drops it; a step that got none is a plain one.
+
+        It takes the place of what was handed over before. After a step that was skipped, by a gradient scaler, hand
+        over {}: d is not finite then, and would be used by the step after. A session does it.
+
+        Args:
+            differences: parameter -> this rank's block of d, averaged over ranks as the gradient is, and scaled as the
+                gradient is (loss scale, clipping). Kept, not copied. Parameters of groups that do not correct, and
+                those of other optimizers, are left out.
+
+        Raises:
+            InvalidInputError: a difference that is not shaped like its parameter's block.
+        """
+        kept = {}
+        for group in self.param_groups:
+            for parameter in group["params"] if group["update_bias_correction"] else ():
+                if parameter not in differences:
+                    continue
+                difference = local_tensor(differences[parameter], parameter)
+                block = local_tensor(parameter)
+                if difference.shape != block.shape:
+                    raise InvalidInputError(
+                        f"the halves' difference of a parameter has shape {tuple(difference.shape)}, and this rank's "
+                        f"block of it {tuple(block.shape)}; give this rank's block."
+                    )
+                kept[parameter] = difference
+        self._halves = kept
+
+    def _take_halves(self) -> Mapping[Tensor, Tensor]:
+        taken, self._halves = self._halves, _NOTHING
+        return taken

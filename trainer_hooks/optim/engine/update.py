@@ -1,0 +1,119 @@
+"""What every optimizer here does around its own rule: settings in range, gradients with their sign, weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from gns_controller.core.errors import InvalidInputError
+from trainer_hooks.distributed.sharding import local_tensor
+
+Decay = Literal["decoupled", "independent"]
+"""w <- w (1 - d weight_decay): d = lr (decoupled), or lr over the first lr (independent).
+
+The first lr is the group's initial_lr if it has one, as learning-rate schedulers write it, else its lr at construction.
+"""
+
+
+def check_settings(kind: str, **bounds: tuple[float, float, float]) -> None:
+    """Refuse settings out of range: name=(value, least, bound), bound excluded.
+
+    Raises:
+        InvalidInputError: names the setting, its value and its range.
+    """
+    for name, (value, least, bound) in bounds.items():
+        if not least <= value < bound:
+            raise InvalidInputError(f"{kind} needs {least:g} <= {name} < {bound:g}, got {name}={value!r}.")
+
+
+def check_decay(kind: str, decay: str) -> None:
+    """Refuse a decay that does not exist.
+
+    Raises:
+        InvalidInputError: there is no such decay.
+    """
+    if decay not in get_args(Decay):
+        raise InvalidInputError(f"{kind} has no decay={decay!r}; there are {', '.join(get_args(Decay))}.")
+
+
+def gradient_of(parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """This rank's block of the direction of ascent: the gradient, negated if the group maximizes.
+
+    Raises:
+        InvalidInputError: the gradient is sparse.
+    """
+    grad = parameter.grad
+    assert grad is not None
+    if grad.is_sparse:
+        raise InvalidInputError("sparse gradients are not supported; make the embedding with sparse=False.")
+    block = local_tensor(grad, parameter)
+    return -block if group["maximize"] else block
+
+
+def blocks_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's blocks, which share memory with the parameters."""
+    return [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
+
+
+def state_block(state: dict[str, Any], name: str, parameter: Tensor) -> Tensor:
+    """This rank's block of a buffer laid out like its parameter, made of zeros when first asked for."""
+    if name not in state:
+        state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    buffer: Tensor = state[name]
+    return buffer.to_local() if isinstance(buffer, DTensor) else buffer
+
+
+def remember_peak(group: dict[str, Any]) -> None:
+    """Keep the first learning rate, over which independent decay is measured.
+
+    Raises:
+        InvalidInputError: it is 0, and the group's decay is independent.
+    """
+    group.setdefault("peak_lr", group.get("initial_lr", group["lr"]))
+    if group["decay"] == "independent" and not group["peak_lr"]:
+        raise InvalidInputError(
+            "decay='independent' is measured in parts of the first learning rate, got lr=0; build the optimizer with "
+            "the rate after warm-up, or give the group initial_lr."
+        )
+
+
+def descend(blocks: Sequence[Tensor], updates: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+    """Decay, then step, in place.
+
+        w <- w (1 - d weight_decay) - lr u          cautious: entries where w u < 0 are not decayed
+
+    Args:
+        blocks: of the parameters.
+        updates: of the same shapes and dtypes.
+        group: lr, weight_decay, decay, peak_lr, and cautious if the optimizer has it.
+    """
+    if not blocks:
+        return
+    rate = group["lr"]
+    scale = rate
+    if group["decay"] == "independent":
+        scale = rate / group["peak_lr"] if group["peak_lr"] else 0.0
+    shrinkage = scale * group["weight_decay"]
+    if shrinkage and group.get("cautious"):
+        for block, update in zip(blocks, updates, strict=True):
+            block.sub_(torch.where(block * update >= 0, shrinkage * block, 0))
+    elif shrinkage:
+        torch._foreach_mul_(list(blocks), 1 - shrinkage)
+    torch._foreach_add_(list(blocks), list(updates), alpha=-rate)
+
+
+def refuse_sharded(parameters: Sequence[Tensor]) -> None:
+    """For state that is to be one file.
+
+    Raises:
+        InvalidInputError: a parameter is sharded.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        raise InvalidInputError(
+            "consolidated_state_dict is for plain parameters; of sharded ones every rank holds blocks. Save with "
+            "torch.distributed.checkpoint."
+        )

@@ -1,0 +1,1 @@
+"""Parameter groups: the role of every parameter, the optimizer that takes it, and width transfer."""

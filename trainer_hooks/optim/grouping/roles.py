@@ -1,0 +1,349 @@
+"""What every parameter of a model is for: by the type of its module first, by its name second.
+
+Reads types, names and shapes only, so sharded, compiled and meta models are answered like plain ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+from typing import Literal, TypeVar, cast, get_args
+
+import torch
+from torch import nn
+
+from gns_controller.core.errors import InvalidInputError
+from trainer_hooks.optim.grouping.module_tree import Place, places_of
+
+Role = Literal[
+    "linear",
+    "qkv",
+    "embedding",
+    "head",
+    "tied",
+    "conv",
+    "grouped_conv",
+    "transposed_conv",
+    "norm",
+    "bias",
+    "expert",
+    "matrix",
+    "vector",
+    "scalar",
+    "tensor",
+]
+
+MATRIX_ROLES: tuple[Role, ...] = ("linear", "qkv", "conv", "expert", "matrix")
+"""Hidden matrices: rows are outputs, columns inputs. Convolutions count as (out, in * kernel)."""
+
+_Word = TypeVar("_Word")
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_EMBEDDING_CLASS = re.compile(r"Embeddings?(Bag)?$")
+_BY_HEADS = re.compile(r"query_key_value|linear_qkv", re.IGNORECASE)
+_FUSED = re.compile(rf"(to_)?(w_?)?qkv(_proj)?|c_attn|in_proj|{_BY_HEADS.pattern}", re.IGNORECASE)
+_GATES = {(nn.LSTM, nn.LSTMCell): 4, (nn.GRU, nn.GRUCell): 3}
+_GATED = re.compile(r"weight_[ih]h")
+_HEAD = re.compile(r"lm_head|heads?|output|unembed\w*|embed_out|classifier|fc")
+_BIAS = re.compile(r"(^|_)bias(es)?($|_)")
+_TABLE = re.compile(r"(\w*_)?(wpe|wte|pos|positions?|positional|embed[a-z]*|emb|tokens?)(_in|_table|_\d+)?")
+"""Names of modules; a token_proj or a pos_mixer works on tables."""
+_TOKENS = re.compile(r"wte|((tokens?|tok|words?|vocab|input)_)?(emb|embed[a-z]*)(_(tokens?|words?|in|table))?|tokens?")
+_POSITIONS = re.compile(r"(^|_)(wpe|pos|positions?|positional)(_|$)")
+_EMBEDDED = re.compile(r"(^|_)(wpe|wte|pos|positions?|positional|embed\w*|emb|tokens?)(_|$)")
+
+
+@dataclass(frozen=True, eq=False)
+class RoleOfParameter:
+    """One parameter and what it is for."""
+
+    name: str
+    """Without the prefixes of DistributedDataParallel, torch.compile and checkpointing."""
+    role: Role
+    parameter: nn.Parameter
+    split_sizes: tuple[int, ...] | None = None
+    """Rows of each matrix that a fused one is made of; None if it is one matrix, or nobody knows."""
+
+
+def find_roles(model: nn.Module, *, fused: Mapping[str, Sequence[int]] | None = None) -> tuple[RoleOfParameter, ...]:
+    """Give every parameter of a model its role, frozen ones too, each once and in the order of named_parameters.
+
+    Args:
+        model: plain, or under DistributedDataParallel, torch.compile, fully_shard, or on the meta device.
+        fused: regular expression -> rows of each matrix that was fused into one, as (q_rows, k_rows, v_rows); the first
+            one found in a name counts. Biases beside them are left alone.
+
+    Raises:
+        InvalidInputError: an expression that matches no parameter, sizes that do not add up to the rows, or a parameter
+            without a shape yet.
+    """
+    places = places_of(model)
+    heads = _heads(places)
+    matrices = [found[0].name for parameter, found in places.items() if parameter.ndim > 1]
+    sizes = match(fused or {}, matrices, what="fused")
+    rows = []
+    for parameter, found in places.items():
+        name = found[0].name
+        role = _role(parameter, found, heads)
+        split = _split(found[0], parameter) if role in ("qkv", "matrix", "expert") and parameter.ndim == 2 else None
+        if name in sizes:
+            role, split = "qkv", _checked_split(name, tuple(parameter.shape), sizes[name])
+        rows.append(RoleOfParameter(name, role, parameter, split))
+    return tuple(rows)
+
+
+def overruled(
+    rows: Sequence[RoleOfParameter], words: Mapping[str, str]
+) -> tuple[tuple[RoleOfParameter, ...], dict[str, str]]:
+    """The caller's word against ours.
+
+    Args:
+        rows: as found.
+        words: regular expression -> role, or "hidden" or "fallback", which leave the role alone. Roles of matrices are
+            for matrices: a bias whose name is found, too, keeps its own.
+
+    Returns:
+        The rows, and name -> word of those that were spoken of.
+
+    Raises:
+        InvalidInputError: a role that does not exist, or a pattern that fits nothing.
+    """
+    found = match(words, [row.name for row in rows], what="roles")
+    unknown = sorted(set(words.values()) - {*get_args(Role), "hidden", "fallback"})
+    if unknown:
+        raise InvalidInputError(
+            f"roles {unknown} do not exist; there are {', '.join(get_args(Role))}, and 'hidden' and 'fallback'."
+        )
+    flat = {row.name for row in rows if row.parameter.ndim < 2}
+    found = {name: word for name, word in found.items() if not (name in flat and word in MATRIX_ROLES)}
+    given = {name: cast(Role, word) for name, word in found.items() if word not in ("hidden", "fallback")}
+    return tuple(
+        replace(row, role=given[row.name], split_sizes=row.split_sizes if given[row.name] == "qkv" else None)
+        if row.name in given
+        else row
+        for row in rows
+    ), found
+
+
+def match(patterns: Mapping[str, _Word], names: Sequence[str], *, what: str) -> dict[str, _Word]:
+    """Name -> what the first pattern found in it says.
+
+    Args:
+        patterns: regular expression -> word; searched for anywhere in a name.
+        names: of parameters.
+        what: the argument's name, for errors.
+
+    Raises:
+        InvalidInputError: a pattern is no regular expression, or is found in no name.
+    """
+    found: dict[str, _Word] = {}
+    for pattern, word in patterns.items():
+        try:
+            hits = [name for name in names if re.search(pattern, name)]
+        except re.error as error:
+            raise InvalidInputError(f"{what}: {pattern!r} is not a regular expression: {error}.") from None
+        if not hits:
+            raise InvalidInputError(
+                f"{what}: {pattern!r} is found in no parameter's name; they begin with {', '.join(names[:5])}."
+            )
+        for name in hits:
+            found.setdefault(name, word)
+    return found
+
+
+def check_ownership(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Whether every trained parameter of a model is in exactly one parameter group; for groups made by hand, too.
+
+    Raises:
+        InvalidInputError: names the parameters that no optimizer takes, or that two take.
+    """
+    owners: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                owners[parameter].append(type(optimizer).__name__)
+    rows = find_roles(model)
+    lost = [row.name for row in rows if row.parameter.requires_grad and row.parameter not in owners]
+    if lost:
+        strangers = len(owners.keys() - {row.parameter for row in rows})
+        hint = (
+            f" They hold {strangers} tensors that are not the model's: was it changed afterwards?" if strangers else ""
+        )
+        raise InvalidInputError(
+            f"no optimizer takes {len(lost)} trained parameters: {_some(lost)}.{hint} Give them to one, or set "
+            "requires_grad=False."
+        )
+    twice = [f"{row.name} ({', '.join(owners[row.parameter])})" for row in rows if len(owners[row.parameter]) > 1]
+    if twice:
+        raise InvalidInputError(
+            f"{len(twice)} parameters are in two parameter groups: {_some(twice)}. Leave each in one."
+        )
+
+
+def numbered(name: str) -> tuple[str, tuple[int, ...]]:
+    """The name with * for its numbers, and the numbers: blocks.3.norm is blocks.*.norm with 3."""
+    parts = name.split(".")
+    numbers = tuple(int(part) for part in parts if part.isdigit())
+    return ".".join("*" if part.isdigit() else part for part in parts), numbers
+
+
+def folded_names(names: Sequence[str]) -> list[str]:
+    """Names that differ in numbers only, as one name with ranges; as they are, unless all combinations are there."""
+    place, _ = numbered(names[0])
+    found = [numbered(name)[1] for name in names]
+    axes = [sorted(set(axis)) for axis in zip(*found, strict=True)]
+    if sorted(found) != list(product(*axes)):
+        return list(names)
+    for axis in axes:
+        place = place.replace("*", _ranges(axis), 1)
+    return [place]
+
+
+def _heads(places: Mapping[nn.Parameter, Sequence[Place]]) -> set[nn.Parameter]:
+    """The matrices that give the model's output: by a name at the top, else by an embedding's shape."""
+    found = [(place, parameter) for parameter, hanging in places.items() for place in hanging]
+    shared = _common_prefix([place.words for place, _ in found])
+    matrices = [(place, parameter) for place, parameter in found if parameter.ndim == 2]
+    others = [(place, parameter) for place, parameter in matrices if not _is_embedding(place, parameter)]
+    at_top: dict[str, nn.Parameter] = {}
+    for place, parameter in others:
+        below = place.words[shared:]
+        if below and _HEAD.fullmatch(below[0]) and (place.local == "weight" or len(below) == 1):
+            at_top[below[0]] = parameter
+    if at_top:
+        return set(at_top.values())
+    shapes = {tuple(parameter.shape) for place, parameter in matrices if _is_of_tokens(place, parameter)}
+    weights = [(place, parameter) for place, parameter in others if place.local == "weight"]
+    fitting = [(place, parameter) for place, parameter in weights if tuple(parameter.shape) in shapes]
+    outside = [parameter for place, parameter in fitting if not any(part.isdigit() for part in place.path)]
+    last = [parameter for place, parameter in fitting if place is weights[-1][0]]
+    return set(outside[-1:] or last)
+
+
+def _common_prefix(paths: Sequence[tuple[str, ...]]) -> int:
+    """How many leading names all paths share; the last name of a path is never counted."""
+    shared = 0
+    while paths and all(len(path) > shared + 1 for path in paths) and len({path[shared] for path in paths}) == 1:
+        shared += 1
+    return shared
+
+
+def _role(parameter: nn.Parameter, places: Sequence[Place], heads: Collection[nn.Parameter]) -> Role:
+    embedded = [_is_embedding(place, parameter) for place in places]
+    if any(embedded):
+        return "embedding" if all(embedded) else "tied"
+    place = places[0]
+    module, local = place.module, place.local
+    if _is_norm(module):
+        return "norm"
+    if local != "weight" and _BIAS.search(local) and not _EMBEDDED.search(local):
+        return "bias"
+    if isinstance(module, nn.MultiheadAttention):
+        return "qkv" if local == "in_proj_weight" else "linear"
+    if isinstance(module, nn.modules.conv._ConvTransposeNd) and local == "weight":
+        return "transposed_conv"
+    if isinstance(module, nn.modules.conv._ConvNd) and local == "weight":
+        return "conv" if module.groups == 1 else "grouped_conv"
+    num_sides, is_linear = _num_sides(parameter), _is_linear(place) and parameter.ndim == 2
+    if num_sides < 2 and not is_linear:
+        return "vector" if num_sides else "scalar"
+    if parameter in heads:
+        return "head"
+    if parameter.ndim != 2:
+        return "expert" if parameter.ndim == num_sides == 3 else "tensor"
+    if _is_fused(place, parameter):
+        return "qkv"
+    if any(a == "experts" and b.isdigit() for a, b in pairwise(place.path)):
+        return "expert"
+    return "linear" if is_linear else "matrix"
+
+
+def _num_sides(parameter: nn.Parameter) -> int:
+    return sum(side != 1 for side in parameter.shape)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NORMS) or type(module).__name__.endswith("Norm")
+
+
+def _is_linear(place: Place) -> bool:
+    """Also of classes of the user's own, such as ColumnParallelLinear."""
+    return place.local == "weight" and (isinstance(place.module, nn.Linear) or "Linear" in type(place.module).__name__)
+
+
+def _is_embedding(place: Place, parameter: nn.Parameter) -> bool:
+    """By the class, then by the name of the module or of the bare parameter, if no class says otherwise."""
+    module = place.module
+    if isinstance(module, _EMBEDDINGS):
+        return True
+    is_known = _is_norm(module) or (place.local == "weight" and isinstance(module, nn.modules.conv._ConvNd))
+    if _num_sides(parameter) < 2 or is_known or _is_linear(place):
+        return False
+    if _is_embedding_class(place):
+        return True
+    is_table = _TABLE.fullmatch(place.noun) if place.local == "weight" else _EMBEDDED.search(place.noun)
+    return bool(is_table) and not _HEAD.fullmatch(place.noun)
+
+
+def _is_of_tokens(place: Place, parameter: nn.Parameter) -> bool:
+    """Of an embedding, whether its shape tells the head's: that of a square table of positions is any matrix's."""
+    if not _is_embedding(place, parameter) or _POSITIONS.search(place.noun):
+        return False
+    return _is_embedding_class(place) or bool(_TOKENS.fullmatch(place.noun))
+
+
+def _is_embedding_class(place: Place) -> bool:
+    is_named = place.local == "weight" and _EMBEDDING_CLASS.search(type(place.module).__name__)
+    return isinstance(place.module, _EMBEDDINGS) or bool(is_named)
+
+
+def _is_fused(place: Place, parameter: nn.Parameter) -> bool:
+    """in_proj means other things besides (state-space layers), and a list may hold q, k and v: there the shape says."""
+    if not _FUSED.fullmatch(place.noun):
+        return False
+    is_sure = place.noun == place.words[-1] and place.noun.lower() != "in_proj"
+    return is_sure or _split(place, parameter) is not None
+
+
+def _split(place: Place, parameter: nn.Parameter) -> tuple[int, ...] | None:
+    """Rows of each matrix in one that is made of several, as far as its type and shape tell.
+
+    Thirds if the rows are three times the columns, else heads may be grouped; none if a model of this name may order
+    its rows by heads. Only the caller knows then.
+    """
+    rows, columns = parameter.shape
+    for kinds, num_gates in _GATES.items():
+        if isinstance(place.module, kinds) and _GATED.match(place.local):
+            return (rows // num_gates,) * num_gates
+    if isinstance(place.module, nn.MultiheadAttention):
+        return (rows // 3,) * 3 if place.local == "in_proj_weight" else None
+    is_cut = _FUSED.fullmatch(place.noun) and not _BY_HEADS.fullmatch(place.noun) and rows == 3 * columns
+    return (columns,) * 3 if is_cut else None
+
+
+def _checked_split(name: str, shape: tuple[int, ...], sizes: Sequence[int]) -> tuple[int, ...]:
+    if len(shape) != 2 or sum(sizes) != shape[0] or min(sizes) < 1:
+        raise InvalidInputError(
+            f"fused: {name} has shape {shape}, and the sizes {tuple(sizes)} do not add up to its rows. Give the rows "
+            "of each matrix, as (q_rows, k_rows, v_rows)."
+        )
+    return tuple(sizes)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Such as 0-3,5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

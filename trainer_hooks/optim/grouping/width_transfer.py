@@ -1,0 +1,323 @@
+"""How a setting that was tuned on a small model carries over to a wide or deep one (muP), tensor by tensor.
+
+Pure functions of shapes. "Relative" below means the model's size over the base model's. dout and din are the sizes of
+a matrix's outputs and inputs, n_out and n_in the numbers of blocks on these sides, N the number of layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gns_controller.core.errors import GeometryError, InvalidInputError
+from trainer_hooks.optim.engine.update_scale import Scale, update_scale
+from trainer_hooks.optim.grouping.roles import MATRIX_ROLES, Role, find_roles
+
+RuleName = Literal["adam", "grafted_shampoo", "muon", "shampoo", "soap", "sgd", "spectral"]
+
+
+@dataclass(frozen=True)
+class TransferRule:
+    """What decides how an optimizer's settings follow the size of a model."""
+
+    name: RuleName
+    """adam stands for every optimizer with entries of size 1, signs too; spectral for updates whose spectral norm is
+    explicitly sqrt(out / in)."""
+    scale: Scale = "none"
+    """The factor that the optimizer already puts on its update; it is divided out, so that it is not counted twice."""
+    exponent: float = 0.25
+    """k of Shampoo: the inverse root on each side."""
+    block_size: int | None = None
+    """Sides are cut into blocks of this size; None: they are not."""
+    largest_side: int | None = None
+    """Sides above are not preconditioned; None: all are."""
+
+
+def sides(role: Role, shape: Sequence[int]) -> tuple[int, int]:
+    """(dout, din) of a parameter: what grows with the width.
+
+    An embedding's din is 1, whatever the number of its entries: a one-hot vector picks one row. Vectors have din 1.
+
+    Raises:
+        GeometryError: "tensor", whose sides nobody knows.
+    """
+    if role in ("embedding", "tied"):
+        return shape[-1], 1
+    if role in ("norm", "bias", "vector", "scalar"):
+        return math.prod(shape), 1
+    if role == "transposed_conv":
+        return math.prod(shape[1:]), shape[0]
+    if role == "expert":
+        return shape[-2], shape[-1]
+    if role == "tensor":
+        raise GeometryError(
+            f"outputs and inputs of a tensor of shape {tuple(shape)} are not known; give it a role that has them."
+        )
+    return shape[0], math.prod(shape[1:])
+
+
+def matrix_shape(role: Role, shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of the matrix that an optimizer sees: trailing dims flattened, of a stack one expert."""
+    return (shape[-2], shape[-1]) if role == "expert" else (shape[0], math.prod(shape[1:]))
+
+
+def learning_rate_multiplier(
+    rule: TransferRule,
+    *,
+    role: Role,
+    shape: Sequence[int],
+    base_shape: Sequence[int],
+    depth: int = 1,
+    base_depth: int = 1,
+) -> float:
+    """What the learning rate tuned at the base shape is multiplied by.
+
+        adam, grafted_shampoo   1 / din                                      of embeddings and vectors din is 1
+        muon                    sqrt(dout / din)
+        shampoo                 N^(1 - 2E) (dout / din)^(1 - E) (n_in n_out)^(-E)    E: k times sides preconditioned
+        soap   both sides       sqrt(dout / din) (n_in n_out)^(-1/2)
+               inputs only      (din n_in)^(-1/2)
+               outputs only     sqrt(dout / n_out) / din
+        sgd                     N dout / din
+        spectral                1
+
+    All sizes relative. The result is divided by the relative factor that the optimizer itself puts on its update
+    (`rule.scale`). Depth counts under the assumption that residual branches carry `residual_multiplier`.
+
+    Args:
+        rule: of the optimizer.
+        role: of the parameter.
+        shape: of the parameter; of one piece, if it is orthogonalized in pieces.
+        base_shape: the same parameter's where the rate was tuned.
+        depth: layers in the stack that it belongs to; 1 if it belongs to none.
+        base_depth: the same where the rate was tuned.
+
+    Raises:
+        GeometryError: a matrix rule on a vector, or a tensor whose sides are not known.
+        InvalidInputError: other sides are preconditioned than at the base, or `scale` is "rms_match".
+
+    Source: arXiv:2512.05620v2 and its code; the division by `rule.scale` is ours.
+    """
+    dout, din = _relative_sides(role, shape, base_shape)
+    layers = depth / base_depth
+    if rule.name == "spectral":
+        return 1.0
+    if rule.name == "sgd":
+        return layers * dout / din
+    if rule.name in ("adam", "grafted_shampoo"):
+        multiplier = 1 / din
+    elif role not in (*MATRIX_ROLES, "head", "embedding", "tied", "grouped_conv", "transposed_conv"):
+        raise GeometryError(
+            f"the transfer rule {rule.name!r} is for matrices, got role {role!r}, shape {tuple(shape)}."
+        )
+    elif rule.name == "muon":
+        multiplier = math.sqrt(dout / din)
+    else:
+        multiplier = _preconditioned_multiplier(rule, role, shape, base_shape, layers=layers)
+    if rule.scale == "rms_match":
+        raise InvalidInputError(
+            "rms_match and transfer over width exclude each other: the spectral norm of updates of fixed RMS grows "
+            "with sqrt(width), and transfer wants it constant. Take scale='spectral' or 'shape', of Shampoo another "
+            "grafting, with base_shapes; or rms_match without them."
+        )
+    if rule.scale != "none":
+        multiplier *= _own_scale(rule, role, base_shape) / _own_scale(rule, role, shape)
+    return multiplier
+
+
+def _own_scale(rule: TransferRule, role: Role, shape: Sequence[int]) -> float:
+    rows, columns = matrix_shape(role, shape)
+    return update_scale(rule.scale, rows=rows, columns=columns)
+
+
+def _relative_sides(role: Role, shape: Sequence[int], base_shape: Sequence[int]) -> tuple[float, float]:
+    if tuple(shape) == tuple(base_shape):
+        return 1.0, 1.0
+    if len(shape) != len(base_shape):
+        raise InvalidInputError(f"shape {tuple(shape)} and base shape {tuple(base_shape)} differ in dimensions.")
+    (dout, din), (base_dout, base_din) = sides(role, shape), sides(role, base_shape)
+    return dout / base_dout, din / base_din
+
+
+def _preconditioned_multiplier(
+    rule: TransferRule, role: Role, shape: Sequence[int], base_shape: Sequence[int], *, layers: float
+) -> float:
+    dout, din = _relative_sides(role, shape, base_shape)
+    (n_out, n_in), (is_out, is_in) = _blocks(rule, role, shape, base_shape)
+    if rule.name == "shampoo":
+        total = rule.exponent * (is_out + is_in)
+        return math.pow(layers, 1 - 2 * total) * math.pow(dout / din, 1 - total) * math.pow(n_in * n_out, -total)
+    if is_out and is_in:
+        return math.sqrt(dout / din / (n_in * n_out))
+    if is_in:
+        return 1 / math.sqrt(din * n_in)
+    if is_out:
+        return math.sqrt(dout / n_out) / din
+    return 1 / din
+
+
+def _blocks(
+    rule: TransferRule, role: Role, shape: Sequence[int], base_shape: Sequence[int]
+) -> tuple[tuple[float, float], tuple[bool, bool]]:
+    """Relative numbers of blocks (n_out, n_in), 1 on a side that is not preconditioned; and which sides are."""
+    own, base = _stored_sides(role, shape), _stored_sides(role, base_shape)
+    active = tuple(rule.largest_side is None or side <= rule.largest_side for side in own)
+    if active != tuple(rule.largest_side is None or side <= rule.largest_side for side in base):
+        raise InvalidInputError(
+            f"shape {tuple(shape)} and base shape {tuple(base_shape)} do not have the same sides above "
+            f"{rule.largest_side}, so they are preconditioned on different sides and no rule connects them. Take "
+            "another base, or another limit."
+        )
+    counts = [
+        math.ceil(side / rule.block_size) / math.ceil(other / rule.block_size) if rule.block_size and is_active else 1.0
+        for side, other, is_active in zip(own, base, active, strict=True)
+    ]
+    return (counts[0], counts[1]), (active[0], active[1])
+
+
+def _stored_sides(role: Role, shape: Sequence[int]) -> tuple[int, int]:
+    """As `sides`, but with the entries of an embedding, which are a side to an optimizer."""
+    return (shape[-1], shape[0]) if role in ("embedding", "tied") else sides(role, shape)
+
+
+def scale_in_words(scale: Scale, matrices: Sequence[tuple[int, int]]) -> str:
+    """An optimizer's own factor on its updates of matrices, such as "rms_match 0.2*sqrt(768)=5.54"."""
+    if scale == "none" or not matrices:
+        return "-"
+    shapes = dict.fromkeys(matrices)
+    values = "/".join(dict.fromkeys(f"{update_scale(scale, rows=m, columns=n):.2f}" for m, n in shapes))
+    if scale != "rms_match":
+        return f"{scale} {values}"
+    return f"rms_match 0.2*sqrt({'/'.join(dict.fromkeys(str(max(shape)) for shape in shapes))})={values}"
+
+
+def weight_decay_multiplier(
+    *, role: Role, shape: Sequence[int], base_shape: Sequence[int], learning_rate_multiplier: float
+) -> float:
+    """What a decoupled weight decay, which is applied times the learning rate, is multiplied by.
+
+        lr weight_decay  ~  1 / width        so        weight_decay *= 1 / (width learning_rate_multiplier)
+
+    The decay per step then falls with the width and follows the schedule, but not the rate's own multiplier. The width
+    is that of the two sides whose relative size is farther from 1.
+
+    Source: arXiv:2512.05620v2: independent decay, c / width.
+    """
+    ratios = _relative_sides(role, shape, base_shape)
+    width = max(ratios, key=lambda ratio: abs(math.log(ratio)))
+    return 1 / (width * learning_rate_multiplier)
+
+
+def epsilon_multiplier(
+    rule: TransferRule,
+    *,
+    role: Role,
+    shape: Sequence[int],
+    base_shape: Sequence[int],
+    depth: int = 1,
+    base_depth: int = 1,
+) -> float:
+    """What the epsilon beside a root of squared gradients is multiplied by: it follows the size of those gradients.
+
+        soap   both sides       sqrt(din / (dout n_in n_out)) / N
+               inputs only      sqrt(din / n_in) / dout / N
+               outputs only     1 / sqrt(dout n_out) / N
+        adam, grafted_shampoo   1 / dout / N                           of the latter, the epsilon of the grafting
+        others                  1                                       their epsilon is relative, or they have none
+
+    Args:
+        rule: of the optimizer.
+        role: of the parameter.
+        shape: of the parameter.
+        base_shape: the same parameter's where epsilon was tuned.
+        depth: layers in the stack that it belongs to.
+        base_depth: the same where epsilon was tuned.
+
+    Source: arXiv:2512.05620v2 and its code for soap; adam is its limit without a rotation.
+    """
+    if rule.name not in ("adam", "grafted_shampoo", "soap"):
+        return 1.0
+    layers = depth / base_depth
+    dout, din = _relative_sides(role, shape, base_shape)
+    if rule.name != "soap":
+        return 1 / (dout * layers)
+    (n_out, n_in), (is_out, is_in) = _blocks(rule, role, shape, base_shape)
+    if is_out and is_in:
+        return math.sqrt(din / (dout * n_in * n_out)) / layers
+    if is_in:
+        return math.sqrt(din / n_in) / dout / layers
+    if is_out:
+        return 1 / math.sqrt(dout * n_out) / layers
+    return 1 / (dout * layers)
+
+
+def residual_multiplier(*, depth: int, base_depth: int) -> float:
+    """base_N / N: what the output of every residual branch is multiplied by, in the model's forward.
+
+    Source: arXiv:2512.05620v2: exponent 1, not the 1/2 of depth-muP.
+    """
+    return base_depth / depth
+
+
+def base_shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter: of the model that settings were tuned on. It may be on the meta device.
+
+    The names carry no wrappers' prefixes. Plain data: `json.dumps` keeps it.
+    """
+    return {row.name: tuple(row.parameter.shape) for row in find_roles(model)}
+
+
+def power_iterations(num_updates: int) -> int:
+    """How many iterations `spectrally_normalized` gets: 5 in the first 50 updates, then 1.
+
+    Source: arXiv:2512.05620v2, code.
+    """
+    return 5 if num_updates < 50 else 1
+
+
+def spectrally_normalized(update: Tensor, vector: Tensor, *, iterations: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Give an update a spectral norm of `scale`, which with sqrt(dout / din) needs no transfer of the rate over width.
+
+        u = W v / |W v|        v = W^T u / |W^T u|        sigma = |W^T u|        W scale / (sigma + 1e-10)
+
+    Nothing is copied to the host.
+
+    Args:
+        update: W, (..., M, N), floating.
+        vector: v, (..., N) float32 or float64, kept from one step to the next; at first any random direction.
+        iterations: of the power method, at least 1; see `power_iterations`.
+        scale: the spectral norm wanted.
+
+    Returns:
+        The update in its own dtype, and the vector for the next step. A zero update stays zero and leaves the vector.
+
+    Raises:
+        InvalidInputError: iterations < 1.
+
+    Bias: sigma is a lower bound, so the norm comes out at `scale` or above, never below. Before the vector has turned
+    to the top direction it is up to sqrt(min(M, N)) too large, as |W|_F / sqrt(min(M, N)) bounds sigma from below.
+    Source: arXiv:2512.05620v2, code; the bound by the Frobenius norm is ours: a vector that W sends to 0 would blow the
+    update up by 1e10.
+    """
+    if iterations < 1:
+        raise InvalidInputError(f"spectral normalization needs iterations >= 1, got {iterations=}.")
+    matrix = update.to(vector.dtype)
+    sigma = torch.zeros_like(vector[..., :1])
+    for _ in range(iterations):
+        image = matrix @ vector.unsqueeze(-1)
+        image = image / _one_for_zero(torch.linalg.vector_norm(image, dim=-2, keepdim=True))
+        turned = (matrix.mT @ image).squeeze(-1)
+        sigma = torch.linalg.vector_norm(turned, dim=-1, keepdim=True)
+        vector = torch.where(sigma == 0, vector, turned / _one_for_zero(sigma))
+    frobenius = torch.linalg.matrix_norm(matrix).unsqueeze(-1)
+    sigma = torch.maximum(sigma, frobenius / math.sqrt(min(matrix.shape[-2:])))
+    return (matrix * (scale / (sigma + 1e-10)).unsqueeze(-1)).to(update.dtype), vector
+
+
+def _one_for_zero(norm: Tensor) -> Tensor:
+    return torch.where(norm == 0, 1, norm)

@@ -1,0 +1,261 @@
+"""What a plan does to optimizers: their learning rates and, on request, the memory of their averages.
+
+Everything is written anew from base values, so that writing twice is writing once, and a resume, another world size or
+a repeated call finds the same numbers from the plan alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from gns_controller.core.batch_arithmetic import BatchRules, BetaCoupling, LearningRateCoupling
+from gns_controller.core.contract import BatchPlan, Geometry
+from gns_controller.core.coupling import coupled, default_couplings
+from gns_controller.core.errors import CouplingError, InvalidInputError
+from gns_controller.core.policies import AnyPolicyConfig, RunFacts, check_gains, check_policy
+from trainer_hooks.optim.kinds import innermost, kind_of
+
+_LARGEST_BETA = math.nextafter(1.0, 0.0)
+
+_ALL_NOISE = 1e30
+"""A noise scale, samples, at which gains are the whole powers B / B0 and (B / B0)^(1/2)."""
+
+_BETA_NAMES = ("betas", "beta1", "beta2", "beta3", "shampoo_beta")
+
+_MOMENTUM_IS_AN_AVERAGE = ("Muon",)
+"""torch's classes whose momentum is m <- beta m + (1 - beta) g."""
+
+Betas = dict[str, tuple[float, ...]]
+"""Setting of a param group -> its values, one for a number."""
+
+
+def find_couplings(
+    given: LearningRateCoupling | Mapping[str, LearningRateCoupling] | None, optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[LearningRateCoupling, dict[str, LearningRateCoupling]]:
+    """The rule of the first optimizer, and those of the others that differ, by class name.
+
+    Args:
+        given: one rule for all; rules by class name, the rest by default; or None: all by default.
+        optimizers: of the session.
+
+    Raises:
+        CouplingError: no rule is known to be sound for an optimizer, or there is none of that name.
+    """
+    names = list(dict.fromkeys(map(kind_of, optimizers)))
+    if given is None:
+        return default_couplings(names)
+    chosen = dict.fromkeys(names, given) if isinstance(given, str) else dict(given)
+    strangers = sorted(set(chosen) - set(names))
+    if strangers:
+        raise CouplingError(f"learning_rate_coupling names {strangers}, and the optimizers are {', '.join(names)}.")
+    unknown = sorted({str(rule) for rule in chosen.values()} - set(get_args(LearningRateCoupling)))
+    if unknown:
+        raise CouplingError(
+            f"learning_rate_coupling={unknown[0]!r} does not exist; there are "
+            f"{', '.join(get_args(LearningRateCoupling))}."
+        )
+    rules = {name: chosen[name] if name in chosen else default_couplings([name])[0] for name in names}
+    first = rules[names[0]]
+    return first, {name: rule for name, rule in rules.items() if rule != first}
+
+
+def check_steppable(optimizers: Sequence[torch.optim.Optimizer], beta_coupling: str) -> None:
+    """Whether a session can end a step with them.
+
+    Raises:
+        CouplingError: there is no such beta_coupling.
+        InvalidInputError: an optimizer evaluates the loss itself.
+    """
+    if beta_coupling not in get_args(BetaCoupling):
+        raise CouplingError(
+            f"beta_coupling={beta_coupling!r} does not exist; there are {', '.join(get_args(BetaCoupling))}."
+        )
+    for optimizer in optimizers:
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise InvalidInputError(
+                f"{type(optimizer).__name__} evaluates the loss itself (its step wants a closure): a step of several "
+                "micro-batches on several ranks cannot give it one."
+            )
+
+
+def check_couplings(policy: AnyPolicyConfig, facts: RunFacts, geometries: Sequence[Geometry]) -> None:
+    """Whether policy and couplings go together.
+
+    Args:
+        policy: that steers the run.
+        facts: of the run.
+        geometries: of the measured groups.
+
+    Raises:
+        CouplingError: adascale by a noise scale that is not the euclidean one.
+        InvalidInputError: the policy cannot steer this run.
+    """
+    check_policy(policy, facts)
+    check_gains(policy, facts, geometries)
+
+
+class CoupledOptimizers:
+    """The optimizers of one session, with the values that their settings had at the batch of the start.
+
+    Args:
+        optimizers: as given to attach. A group's base rate is its initial_lr, else its lr.
+        couples_betas: whether betas follow the plan, too.
+
+    Raises:
+        CouplingError: betas are to follow, and a momentum is no average.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], *, couples_betas: bool) -> None:
+        self._optimizers = tuple(optimizers)
+        self.base_learning_rates = [
+            [float(group.setdefault("initial_lr", group["lr"])) for group in optimizer.param_groups]
+            for optimizer in optimizers
+        ]
+        self.base_betas: list[list[Betas]] | None = None
+        if couples_betas:
+            self.base_betas = [
+                [averages_of(kind_of(o), group, told=_told(o)) for group in o.param_groups] for o in optimizers
+            ]
+
+    def set_learning_rates(self, schedule_factor: float, plan: BatchPlan | None) -> None:
+        """Base rate x schedule x the plan's factor for that optimizer's class. No plan: the batch of the start.
+
+        Raises:
+            InvalidInputError: an optimizer has other parameter groups than at attach.
+        """
+        present = [len(optimizer.param_groups) for optimizer in self._optimizers]
+        if present != [len(rates) for rates in self.base_learning_rates]:
+            raise InvalidInputError(
+                "an optimizer got other parameter groups after attach: attach again, so that their rates are known."
+            )
+        for optimizer, base_rates in zip(self._optimizers, self.base_learning_rates, strict=True):
+            factor = schedule_factor * factor_for(optimizer, plan)
+            for group, base in zip(optimizer.param_groups, base_rates, strict=True):
+                group["lr"] = base * factor
+
+    def set_betas(self, plan: BatchPlan | None) -> None:
+        """Every base beta to the power of the plan's beta_exponent, if betas follow. No plan: the base values.
+
+        An average of m samples per step with beta^k forgets as much per sample as one of m / k with beta. What has been
+        averaged already is kept. Adam divides its averages by 1 - beta^step with the present beta, while their true
+        weight is one minus the product of the betas so far, which is less. So if the batch grows by k within the first
+        1 / (1 - beta) steps, its averages come out too small, at once by (1 - beta^step) / (1 - beta^(k step)): too
+        short steps for the first moment, too long ones for the second, until the averages have filled up.
+        """
+        if self.base_betas is None:
+            return
+        exponent = plan.beta_exponent if plan is not None else 1.0
+        for optimizer, of_groups in zip(self._optimizers, self.base_betas, strict=True):
+            for group, betas in zip(optimizer.param_groups, of_groups, strict=True):
+                for name, values in betas.items():
+                    powers = tuple(_power(value, exponent) for value in values)
+                    group[name] = powers if name == "betas" else powers[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the session's checkpoint."""
+        return {"base_learning_rates": self.base_learning_rates, "base_betas": self.base_betas}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The checkpoint's base values win. A checkpoint of before betas followed has none: the present ones are."""
+        self.base_learning_rates = [list(rates) for rates in state["base_learning_rates"]]
+        saved = state.get("base_betas")
+        if saved is None:
+            return
+        follows = self.base_betas is not None
+        self.base_betas = [
+            [{name: tuple(values) for name, values in betas.items()} for betas in of_groups] for of_groups in saved
+        ]
+        if not follows:  # they followed once, and the optimizers' own checkpoints hold what they were last
+            self.set_betas(None)
+            self.base_betas = None
+
+
+def factor_for(optimizer: torch.optim.Optimizer, plan: BatchPlan | None) -> float:
+    """What a plan multiplies the scheduled rate of an optimizer with; 1 without a plan."""
+    return 1.0 if plan is None else _factor_of(kind_of(optimizer), plan)
+
+
+def _factor_of(name: str, plan: BatchPlan) -> float:
+    """What a plan multiplies the rates of this class of optimizers with."""
+    return plan.optimizer_factors.get(name, plan.learning_rate_factor)
+
+
+def for_fewer_samples(plan: BatchPlan, rules: BatchRules, *, num_samples: int) -> BatchPlan:
+    """The plan with rates and betas of a step that has only so many samples, never larger rates than its own.
+
+    A gain stays what it was, but for what is above n / B0 (adamscale: its root) at n samples: no more is taken without
+    asking for the noise scale, which one rank alone knows.
+    """
+    factor, factors, exponent = coupled(rules, global_batch_size=num_samples, noise_scale=_ALL_NOISE, previous=plan)
+    return plan.model_copy(
+        update={
+            "learning_rate_factor": min(factor, plan.learning_rate_factor),
+            "optimizer_factors": {name: min(each, _factor_of(name, plan)) for name, each in factors.items()},
+            "beta_exponent": exponent,
+        }
+    )
+
+
+def averages_of(kind: str, group: Mapping[str, Any], *, told: Sequence[str] | None = None) -> Betas:
+    """The settings of a param group that are weights of the past in an exponential average.
+
+    Args:
+        kind: class name of the optimizer.
+        group: one of its param groups.
+        told: names of such settings, which our optimizers give in `averages`. None: what we know of the class.
+
+    Raises:
+        CouplingError: a momentum that is a sum, one that we do not know, or an average that forgets nothing.
+    """
+    if told is not None:
+        return {name: _numbers(kind, name, group[name]) for name in told if group.get(name)}
+    found: Betas = {}
+    for name in (*_BETA_NAMES, *(("alpha",) if kind == "RMSprop" else ())):
+        given = group.get(name)
+        if given is not None:
+            found[name] = _numbers(kind, name, given)
+    momentum = group.get("momentum")
+    if momentum:
+        if kind in _MOMENTUM_IS_AN_AVERAGE:
+            found["momentum"] = _numbers(kind, "momentum", momentum)
+        elif kind == "SGD" and group["dampening"] == momentum:
+            found["momentum"] = found["dampening"] = _numbers(kind, "momentum", momentum)
+        elif kind in ("SGD", "RMSprop"):
+            hint = " (give SGD dampening=momentum, which makes it an average, and a learning rate for that)"
+            raise CouplingError(
+                f"the momentum of {kind} is a sum and not an average: another momentum would be another learning rate. "
+                f"Use beta_coupling='none'{hint if kind == 'SGD' else ''}."
+            )
+        else:
+            raise CouplingError(
+                f"whether the momentum of {kind} is a sum or an average is not known; use beta_coupling='none'."
+            )
+    return found
+
+
+def _told(optimizer: torch.optim.Optimizer) -> tuple[str, ...] | None:
+    found: tuple[str, ...] | None = getattr(innermost(optimizer), "averages", None)
+    return found
+
+
+def _numbers(kind: str, name: str, given: Any) -> tuple[float, ...]:
+    values = tuple(given) if isinstance(given, tuple | list) else (given,)
+    if any(isinstance(value, Tensor) for value in values):
+        raise CouplingError(f"{name} of {kind} is a tensor; give numbers, or use beta_coupling='none'.")
+    if any(value >= 1 for value in values):
+        raise CouplingError(
+            f"{name}={given!r} of {kind} never forgets, whatever the batch is; use beta_coupling='none'."
+        )
+    return tuple(float(value) for value in values)
+
+
+def _power(base: float, exponent: float) -> float:
+    """0, and the negative values that some optimizers take for "as another beta", stay what they are."""
+    return min(base**exponent, _LARGEST_BETA) if base > 0 else base
