@@ -12,7 +12,7 @@ def main() -> None:
     except ImportError:
         print("gns-controller needs its service dependencies: pip install 'gns-controller[service]'", file=sys.stderr)
         raise SystemExit(5) from None
-    from gns_controller import cli
+    from gns_controller.cli import main as cli
 
     cli.main()
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from gns_controller.core.contract import Count, FiniteFloat, FrozenModel, NoiseScaleMeasurement, Override, PositiveCount
 from gns_controller.core.policies import AnyPolicyConfig, PolicyState, RunFacts, propose_and_conclude
-from gns_controller.core.smoothing import NOTHING_SEEN, Judgement
+from gns_controller.core.statistics import NOTHING_SEEN, Judgement
 
 NUM_POINTS = 128
 """Most measurements imagined ahead; never more than there are steps left at the present batch."""

@@ -6,14 +6,14 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from gns_controller.controller import Controller
-from gns_controller.metrics import Metrics
-from gns_controller.settings import Settings
-from gns_controller.web import health, news, operators, pages, runs
+from gns_controller.service.controller import Controller
+from gns_controller.service.metrics import Metrics
+from gns_controller.service.settings import Settings
 from gns_controller.web.dependencies import Service
-from gns_controller.web.gate import Gate
+from gns_controller.web.middleware import Gate
 from gns_controller.web.openapi import describe
 from gns_controller.web.problems import add_handlers
+from gns_controller.web.routes import events, health, operators, page, runs
 from gns_controller.web.streams import Streams
 
 
@@ -29,11 +29,11 @@ def create_app(controller: Controller, settings: Settings, metrics: Metrics) -> 
     )
     streams = Streams(controller.listeners, limit=settings.max_event_streams)
     app.state.service = Service(controller=controller, settings=settings, metrics=metrics, streams=streams)
-    routers = (runs.router, operators.router, news.router, health.router, pages.router)
+    routers = (runs.router, operators.router, events.router, health.router, page.router)
     for router in routers:
         app.include_router(router)
     app.state.own_routes = [route for router in routers for route in router.routes]
-    pages.add_files(app)
+    page.add_files(app)
     add_handlers(app)
     describe(app, asks_for_tokens=bool(settings.token_hashes))
     app.add_middleware(Gate, settings=settings, metrics=metrics)

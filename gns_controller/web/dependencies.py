@@ -11,9 +11,9 @@ from fastapi import Depends, Path, Query, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from gns_controller.controller import Controller
-from gns_controller.metrics import Metrics
-from gns_controller.settings import Settings
+from gns_controller.service.controller import Controller
+from gns_controller.service.metrics import Metrics
+from gns_controller.service.settings import Settings
 from gns_controller.web.problems import INVALID_INPUT, FieldProblem, ProblemError
 from gns_controller.web.streams import Streams
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gns_controller.listeners import Listeners
+from gns_controller.service.subscriptions import Listeners
 from gns_controller.web.problems import STOPPING, TOO_MANY_STREAMS, ProblemError
 
 

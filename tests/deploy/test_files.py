@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from gns_controller.settings import Settings
+from gns_controller.service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -26,7 +26,7 @@ EXPECTED = {
 @pytest.mark.slow
 def test_what_measuring_relies_on_is_tested_at_attach_and_faults_are_told_by_name() -> None:
     result = torchrun(
-        Path(__file__).with_name("selftest_worker.py"), num_ranks=2, environment={"CASES": ",".join(EXPECTED)}
+        Path(__file__).with_name("gradient_check_worker.py"), num_ranks=2, environment={"CASES": ",".join(EXPECTED)}
     )
     lines = [json.loads(line[5:]) for line in result.stdout.splitlines() if line.startswith("CASE ")]
     assert {(line["case"], line["rank"]) for line in lines} == {(case, rank) for case in EXPECTED for rank in (0, 1)}

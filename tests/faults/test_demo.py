@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gns_controller.demo.methods import START_BATCH, closed_methods, ramp_stages
-from gns_controller.demo.results import RunResult, summarize
+from gns_controller.experiments.demo.methods import START_BATCH, closed_methods, ramp_stages
+from gns_controller.experiments.demo.results import RunResult, summarize
 from tests.torchrun import environment_with
 
 COMMAND = [sys.executable, "-m", "gns_controller", "demo"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.gns_controller.service import Server, Service
+from tests.gns_controller.running_service import Server, Service
 
 
 @pytest.fixture

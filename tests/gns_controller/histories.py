@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from tests.gns_controller.service import Service, report
+from tests.gns_controller.running_service import Service, report
 
 POLICIES: list[dict[str, Any]] = [
     {"policy": "hold", "estimator": "rank_variance"},

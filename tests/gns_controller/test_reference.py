@@ -7,10 +7,10 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from gns_controller.metrics import READING_METRICS, RUN_METRICS, LiveRuns, Metrics
-from gns_controller.settings import Settings
+from gns_controller.service.metrics import READING_METRICS, RUN_METRICS, LiveRuns, Metrics
+from gns_controller.service.settings import Settings
 from gns_controller.web.problems import PROBLEM_TYPES
-from tests.gns_controller.service import Service
+from tests.gns_controller.running_service import Service
 
 REFERENCE = Path(__file__).parent.parent.parent / "docs" / "reference"
 

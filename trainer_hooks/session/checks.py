@@ -16,8 +16,8 @@ from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable
 from gns_controller.core.contract import BatchPlan, Direction, Estimator, RunId, Span
 from gns_controller.core.errors import InvalidInputError, TooFewGroupsError
 from gns_controller.core.policies import AnyPolicyConfig, PolicyState, initial_state, plan_for
-from gns_controller.core.policies.documents import policy_of, read_policy, suggested_for
-from gns_controller.core.policies.frame import PolicyConfig
+from gns_controller.core.policies.base import PolicyConfig
+from gns_controller.core.policies.parsing import policy_of, read_policy, suggested_for
 from trainer_hooks.distributed.collectives import RankGroup
 from trainer_hooks.distributed.layout import Layout
 from trainer_hooks.estimators.spectral import SpectralNorms

@@ -15,7 +15,10 @@ from pydantic import Field
 from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import Decision, Geometry, NoiseScaleMeasurement, Override, Reason
 from gns_controller.core.errors import CouplingError, InvalidInputError
-from gns_controller.core.policies import (
+from gns_controller.core.policies.base import PolicyConfig, PolicyState, Proposal, RunFacts, Situation
+from gns_controller.core.policies.decision import conclude, initial_plan, plan_for
+from gns_controller.core.policies.guards import guarded, reachable
+from gns_controller.core.policies.rules import (
     critical_batch_table,
     decay_to_ramp,
     goodput,
@@ -28,23 +31,20 @@ from gns_controller.core.policies import (
     progress,
     stages,
 )
-from gns_controller.core.policies.concluding import conclude, initial_plan, plan_for
-from gns_controller.core.policies.critical_batch_table import CriticalBatch, CriticalBatchTablePolicyConfig
-from gns_controller.core.policies.decay_to_ramp import DecayToRampPolicyConfig
-from gns_controller.core.policies.frame import PolicyConfig, PolicyState, Proposal, RunFacts, Situation
-from gns_controller.core.policies.goodput import GoodputPolicyConfig
-from gns_controller.core.policies.grow_once import GrowOncePolicyConfig
-from gns_controller.core.policies.guards import guarded, reachable
-from gns_controller.core.policies.hold import HoldPolicyConfig
-from gns_controller.core.policies.inner_product_test import InnerProductTestPolicyConfig
-from gns_controller.core.policies.lengths import counts_tokens
-from gns_controller.core.policies.linear_ramp import LinearRampPolicyConfig
-from gns_controller.core.policies.noise_scale import NoiseScalePolicyConfig
-from gns_controller.core.policies.norm_test import NormTestPolicyConfig
-from gns_controller.core.policies.observing import adopt, observe, timed_on_these_ranks
-from gns_controller.core.policies.progress import ProgressPolicyConfig
-from gns_controller.core.policies.stages import Stage, StagesPolicyConfig
-from gns_controller.core.smoothing import NOTHING_SEEN, Judgement
+from gns_controller.core.policies.rules.critical_batch_table import CriticalBatch, CriticalBatchTablePolicyConfig
+from gns_controller.core.policies.rules.decay_to_ramp import DecayToRampPolicyConfig
+from gns_controller.core.policies.rules.goodput import GoodputPolicyConfig
+from gns_controller.core.policies.rules.grow_once import GrowOncePolicyConfig
+from gns_controller.core.policies.rules.hold import HoldPolicyConfig
+from gns_controller.core.policies.rules.inner_product_test import InnerProductTestPolicyConfig
+from gns_controller.core.policies.rules.linear_ramp import LinearRampPolicyConfig
+from gns_controller.core.policies.rules.noise_scale import NoiseScalePolicyConfig
+from gns_controller.core.policies.rules.norm_test import NormTestPolicyConfig
+from gns_controller.core.policies.rules.progress import ProgressPolicyConfig
+from gns_controller.core.policies.rules.stages import Stage, StagesPolicyConfig
+from gns_controller.core.policies.state_update import adopt, observe, timed_on_these_ranks
+from gns_controller.core.policies.units import counts_tokens
+from gns_controller.core.statistics import NOTHING_SEEN, Judgement
 
 __all__ = [
     "AnyPolicyConfig",

@@ -12,7 +12,7 @@ import math
 
 from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable, next_reachable
 from gns_controller.core.contract import Reason
-from gns_controller.core.policies.frame import Guards, Proposal, Situation, hold
+from gns_controller.core.policies.base import Guards, Proposal, Situation, hold
 
 LARGEST_BATCH_SIZE = 2**40
 """A signal near zero asks for more samples than numbers can count; more than anybody has is enough."""

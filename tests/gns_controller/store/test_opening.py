@@ -18,7 +18,7 @@ from gns_controller.store import SqlStore
 from gns_controller.store.administration import check_database, hide_password, upgrade_database
 from gns_controller.store.engine import make_engine, parse_url
 from gns_controller.store.tables import metadata
-from tests.gns_controller.service import Service
+from tests.gns_controller.running_service import Service
 
 
 def url_in(folder: Path) -> str:

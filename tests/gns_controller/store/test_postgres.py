@@ -21,7 +21,7 @@ from gns_controller.store.engine import make_engine, parse_url
 from gns_controller.store.migrate import upgrade
 from gns_controller.store.tables import metadata
 from tests.gns_controller.histories import live_through
-from tests.gns_controller.service import Service, report
+from tests.gns_controller.running_service import Service, report
 
 
 def _free_port() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gns_controller.store import SqlStore
 from gns_controller.store.administration import check_database, upgrade_database
-from tests.gns_controller.service import Service, report
+from tests.gns_controller.running_service import Service, report
 
 DUMP = Path(__file__).parent / "schema_0001.sql"
 

@@ -10,7 +10,7 @@ from sqlalchemy import insert, select, text
 from gns_controller.core.errors import StoreBusyError, StoreUnavailableError
 from gns_controller.store import SqlStore, Transaction
 from gns_controller.store.tables import probe
-from tests.gns_controller.service import Service, report
+from tests.gns_controller.running_service import Service, report
 
 
 def connection_of(transaction: Transaction) -> Any:

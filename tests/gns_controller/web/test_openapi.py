@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.gns_controller.service import Server, Service, registration, report
+from tests.gns_controller.running_service import Server, Service, registration, report
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about its own dependencies, while it is imported
@@ -45,7 +45,7 @@ OPERATIONS = [
     ("GET", "/metrics"),
 ]
 STREAMS = [("GET", "/api/v1/runs/{run_id}/events")]
-"""Never ends, so nothing can be sent to it that would be answered; tests/gns_controller/test_serving.py follows it."""
+"""Never ends, so nothing can be sent to it that would be answered; see tests/gns_controller/cli/test_server.py."""
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.gns_controller.service import Service, report
+from tests.gns_controller.running_service import Service, report
 
 URL = "/api/v1/runs/run"
 GROWS = 400.0

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from gns_controller.web.problems import PROBLEM_TYPES
-from tests.gns_controller.service import Service, registration, report
+from tests.gns_controller.running_service import Service, registration, report
 
 URL = "/api/v1/runs/run"
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.gns_controller.histories import live_through
-from tests.gns_controller.service import Service, report
+from tests.gns_controller.running_service import Service, report
 
 URL = "/api/v1/runs/run/replay"
 

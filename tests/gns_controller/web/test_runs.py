@@ -10,7 +10,7 @@ import pytest
 from gns_controller.core.contract import NoiseScaleMeasurement
 from gns_controller.core.replay import replay
 from gns_controller.core.runs import RunSpecification
-from tests.gns_controller.service import Service, registration, report
+from tests.gns_controller.running_service import Service, registration, report
 
 URL = "/api/v1/runs/run"
 

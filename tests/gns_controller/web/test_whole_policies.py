@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.gns_controller.service import Service, report
+from tests.gns_controller.running_service import Service, report
 from tests.gns_controller.web.test_operators import GROWS, URL, change, policy_of, slug_of, tag
 
 

@@ -18,7 +18,7 @@ from gns_controller.core.errors import InvalidInputError, RunConflictError
 from gns_controller.core.policies import NoiseScalePolicyConfig, initial_state
 from gns_controller.core.runs import Registration, RunSpecification
 from tests.gns_controller.core.measurements import measurement, reading
-from tests.gns_controller.service import Service
+from tests.gns_controller.running_service import Service
 from trainer_hooks.client import HttpController, Orders
 
 

@@ -14,7 +14,7 @@ import pytest
 from gns_controller.core.contract import Override
 from gns_controller.core.policies import HoldPolicyConfig, NoiseScalePolicyConfig
 from tests.gns_controller.core.measurements import measurement, reading
-from tests.gns_controller.service import Service
+from tests.gns_controller.running_service import Service
 from tests.trainer_hooks.client.test_http import Wire, client_for, refuse, specification
 from trainer_hooks.client import HttpController, Orders, orders_from, saved_orders
 

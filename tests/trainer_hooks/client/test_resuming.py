@@ -12,7 +12,7 @@ from gns_controller.core.contract import BatchPlan, NoiseScaleMeasurement, Span
 from gns_controller.core.policies import LinearRampPolicyConfig, PolicyState, initial_state
 from gns_controller.core.runs import Registration, RunSpecification
 from tests.gns_controller.core.measurements import measurement
-from tests.gns_controller.service import Service
+from tests.gns_controller.running_service import Service
 from tests.trainer_hooks.client.test_http import Wire, refuse
 from trainer_hooks.client import HttpController
 from trainer_hooks.session.checks import first_state, reachable_plan

@@ -1,0 +1,77 @@
+"""What could be wrong on this machine, looked at one by one. Nothing here raises for what it finds."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+import httpx
+
+from gns_controller.core.errors import GnsError
+from gns_controller.service.settings import Settings
+from gns_controller.store.administration import check_database
+
+_PACKAGES = ("gns-controller", "pydantic", "fastapi", "uvicorn", "sqlalchemy", "alembic", "prometheus-client")
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def examine(read_settings: Callable[[], Settings], *, url: str | None) -> list[Finding]:
+    """Everything that can be looked at from here."""
+    findings = [_versions()]
+    try:
+        settings = read_settings()
+    except GnsError as error:
+        findings.append(Finding("settings", False, str(error)))
+    else:
+        findings.append(_exposure(settings))
+        findings.append(_database(settings))
+    if url is not None:
+        findings.append(_controller(url))
+    return findings
+
+
+def _versions() -> Finding:
+    found, missing = [f"Python {platform.python_version()}"], []
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        return Finding("versions", False, f"not installed: {', '.join(missing)}; pip install 'gns-controller[service]'")
+    return Finding("versions", True, ", ".join(found))
+
+
+def _exposure(settings: Settings) -> Finding:
+    if settings.is_loopback:
+        return Finding("settings", True, "listens on loopback only")
+    if settings.token_hashes:
+        return Finding("settings", True, f"listens on {settings.host}, with {len(settings.token_hashes)} token(s)")
+    return Finding("settings", False, f"listens on {settings.host} without GNS_TOKEN_HASHES: `serve` will refuse")
+
+
+def _database(settings: Settings) -> Finding:
+    try:
+        report = check_database(settings.database_url)
+    except GnsError as error:
+        return Finding("database", False, str(error))
+    return Finding("database", report.ok, report.detail)
+
+
+def _controller(url: str) -> Finding:
+    try:
+        response = httpx.get(url.rstrip("/") + "/readyz", timeout=10.0, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return Finding("controller", False, f"nobody answers at {url}")
+    if response.status_code == 200:
+        return Finding("controller", True, f"ready at {url}")
+    return Finding("controller", False, f"answers {response.status_code} at {url}: not ready")
