@@ -65,14 +65,15 @@ for absent in ("fastapi", "sqlalchemy", "typer"):
         continue
     raise SystemExit(f"{absent} is importable")
 import torch
-from trainer_hooks import AdaptiveBatch
+from trainer_hooks import AdaptiveBatch, ConnectionOptions
 from trainer_hooks.optim import Signum
 
 for number, controller in enumerate((None, "http://127.0.0.1:9")):
     model = torch.nn.Linear(4, 1)
     session = AdaptiveBatch.attach(
         model, Signum(model.parameters(), lr=0.01), run=f"installed-{number}", controller=controller,
-        global_batch_size=8, micro_batch_size=8, budget_samples=160, spool_directory="spool",
+        global_batch_size=8, micro_batch_size=8, budget_samples=160,
+        connection=ConnectionOptions(spool_directory="spool"),
     )
     for step in session.steps(torch.randn(64, 5)):
         for rows in step:

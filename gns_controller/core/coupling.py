@@ -51,7 +51,7 @@ def default_couplings(optimizers: Sequence[str]) -> tuple[LearningRateCoupling, 
             because = _NO_SOUND_RULE.get(name.lower(), "we know no optimizer of that name")
             raise CouplingError(
                 f"no rule for the learning rate of {name} is known to be sound when the batch changes: {because}. "
-                "Say learning_rate_coupling='none' (or another rule) if you know better."
+                "Use CouplingOptions(learning_rate='none') or another rule if you know better."
             )
         rules[name] = rule
     first: LearningRateCoupling = next(iter(rules.values()), "none")

@@ -36,7 +36,7 @@ def worker(url: str, spool: str) -> None:
 
     from gns_controller.core.contract import Span
     from gns_controller.core.policies import HoldPolicyConfig
-    from trainer_hooks import AdaptiveBatch
+    from trainer_hooks import AdaptiveBatch, ConnectionOptions, MeasurementOptions
     from trainer_hooks.examples.llama import Llama, LlamaConfig, next_token_loss
     from trainer_hooks.examples.train_lm import build_optimizers
 
@@ -60,13 +60,12 @@ def worker(url: str, spool: str) -> None:
             hooked_optimizers,
             run=f"overhead-{number}",
             controller=url,
-            spool_directory=spool,
+            connection=ConnectionOptions(spool_directory=spool),
             global_batch_size=BATCH,
             micro_batch_size=BATCH,
             budget_samples=BATCH * (WARMUP + ROUNDS),
             policy=HoldPolicyConfig(estimator=case["estimator"]),
-            measurement_interval=Span(steps=EVERY),
-            min_sample_groups=2,
+            measurement=MeasurementOptions(interval=Span(steps=EVERY), min_sample_groups=2),
         )
         times: dict[str, list[float]] = {"plain": [], "unmeasured": [], "measured": []}
         share = BATCH // dist.get_world_size()

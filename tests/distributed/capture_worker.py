@@ -29,7 +29,7 @@ from gns_controller.core.policies import (
     NormTestPolicyConfig,
 )
 from tests.torchrun import end_rank
-from trainer_hooks import AdaptiveBatch
+from trainer_hooks import AdaptiveBatch, MeasurementOptions
 from trainer_hooks.estimators import (
     choose_patterns,
     inner_product_variance,
@@ -160,14 +160,16 @@ def run_case(name: str, case: dict[str, Any]) -> None:
         micro_batch_size=case["micro"],
         budget_samples=case.get("steps", 4) * case["batch"],
         policy=policy_of(case),
-        measurement_interval=Span(steps=2),
-        estimators=case["estimators"],
-        directions=case.get("directions", ["gradient"]),
-        num_sign_patterns=case.get("patterns"),
-        spectral_norms=case.get("norms", "exact"),
-        progress_curve=case.get("curve", False),
-        geometries=geometries,
-        min_sample_groups=case.get("min_groups", 2),
+        measurement=MeasurementOptions(
+            interval=Span(steps=2),
+            estimators=case["estimators"],
+            directions=case.get("directions", ["gradient"]),
+            num_sign_patterns=case.get("patterns"),
+            spectral_norms=case.get("norms", "exact"),
+            progress_curve=case.get("curve", False),
+            geometries=geometries,
+            min_sample_groups=case.get("min_groups", 2),
+        ),
         max_grad_norm=0.1,
         grad_scaler=scaler,
     )

@@ -18,7 +18,7 @@ from gns_controller.core.contract import Span
 from gns_controller.core.errors import GnsError
 from gns_controller.core.policies import HoldPolicyConfig
 from tests.torchrun import end_rank
-from trainer_hooks import AdaptiveBatch
+from trainer_hooks import AdaptiveBatch, MeasurementOptions
 from trainer_hooks.measurement.capture import ddp as capture_ddp
 
 
@@ -53,7 +53,7 @@ def attach(model: nn.Module, name: str) -> AdaptiveBatch:
         micro_batch_size=4,
         budget_samples=64,
         policy=HoldPolicyConfig(),
-        measurement_interval=Span(steps=1),
+        measurement=MeasurementOptions(interval=Span(steps=1)),
     )
 
 

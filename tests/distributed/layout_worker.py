@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from gns_controller.core.contract import Span
 from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import HoldPolicyConfig, Stage, StagesPolicyConfig
+from tests.attaching import attach_arguments
 from tests.torchrun import end_rank
-from trainer_hooks import AdaptiveBatch
+from trainer_hooks import AdaptiveBatch, CouplingOptions, MeasurementOptions
 from trainer_hooks.distributed.clipping import clip_grad_norm
 from trainer_hooks.distributed.layout import find_layout, parameter_groups_of
 from trainer_hooks.distributed.sharding import local_tensor
@@ -70,7 +71,7 @@ def attach(model: nn.Module, **changes: Any) -> AdaptiveBatch:
         "measurement_interval": Span(steps=1),
         **changes,
     }
-    return AdaptiveBatch.attach(model, Signum(model.parameters(), lr=1e-3), **settings)
+    return AdaptiveBatch.attach(model, Signum(model.parameters(), lr=1e-3), **attach_arguments(settings))
 
 
 def backward(session: AdaptiveBatch, model: nn.Module, *, passes: int = 2) -> None:
@@ -136,7 +137,7 @@ def a_buffer_under_fsdp2_is_as_large_as_the_shard() -> None:
     whole = sum(parameter.numel() for parameter in model.parameters())
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     session = attach(model, num_sign_patterns=3, global_batch_size=16)
-    capture = session._measuring._capture
+    capture = session._scheduler._capture
     assert isinstance(capture, Fsdp2Capture)
     assert capture._signed is not None
     shard = sum(local_tensor(parameter).numel() for parameter in model.parameters())
@@ -156,7 +157,7 @@ def sparse_embeddings_under_ddp_are_left_out_and_trained() -> None:
         micro_batch_size=4,
         budget_samples=32,
         policy=HoldPolicyConfig(),
-        measurement_interval=Span(steps=1),
+        measurement=MeasurementOptions(interval=Span(steps=1)),
     )
     assert [len(group.parameters) for group in session.groups] == [2]
     for step in session.steps(torch.randint(0, 10, (64, 3), generator=torch.Generator().manual_seed(0))):
@@ -231,8 +232,8 @@ def every_rank_sets_the_same_rates_and_betas() -> None:
         micro_batch_size=4,
         budget_samples=200,
         policy=StagesPolicyConfig(stages=(Stage(from_samples=40, global_batch_size=32),)),
-        measurement_interval=Span(steps=2),
-        beta_coupling="half_life",
+        measurement=MeasurementOptions(interval=Span(steps=2)),
+        coupling=CouplingOptions(betas="half_life"),
     )
     seen = []
     for step in session.steps(torch.randn(200, 8, generator=torch.Generator().manual_seed(1))):

@@ -16,7 +16,7 @@ from gns_controller.core.contract import Decision, Span
 from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import Stage, StagesPolicyConfig
 from tests.torchrun import end_rank
-from trainer_hooks import AdaptiveBatch
+from trainer_hooks import AdaptiveBatch, ConnectionOptions, CouplingOptions, MeasurementOptions
 from trainer_hooks.optim import SNOO
 
 SAVED_AT = 10
@@ -55,12 +55,12 @@ def run(case: dict[str, Any], folder: Path, *, resumes: bool) -> list[dict[str, 
         budget_samples=4000,
         controller=case["url"],
         policy=StagesPolicyConfig(stages=(Stage(from_samples=case["from_samples"], global_batch_size=32),)),
-        measurement_interval=Span(steps=5),
-        learning_rate_coupling=case["coupling"],
-        decision_deadline_seconds=30.0,
-        spool_directory=folder / "spool",
+        measurement=MeasurementOptions(interval=Span(steps=5)),
+        coupling=CouplingOptions(learning_rate=case["coupling"]),
+        connection=ConnectionOptions(
+            decision_deadline_seconds=30.0, spool_directory=folder / "spool", on_decision=note
+        ),
         state=checkpoint["session"] if checkpoint else None,
-        on_decision=note,
     )
     steps = []
     for step in session.steps(points()):

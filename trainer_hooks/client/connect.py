@@ -1,41 +1,49 @@
-"""Rank 0 opens its client at attach; every rank learns whether it may go on."""
+"""Rank 0 opens its client at attach; every rank learns whether the run may go on."""
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from gns_controller.core.contract import Decision
 from gns_controller.core.errors import GnsError, InvalidInputError
 from gns_controller.core.policies import PolicyState
-from gns_controller.core.runs import Registration, RunSpecification
+from gns_controller.core.runs import Registration
 from trainer_hooks.client.http import HttpController
 from trainer_hooks.client.local import LocalController
+from trainer_hooks.client.options import ConnectionOptions
 from trainer_hooks.client.protocol import Controller, Orders
 from trainer_hooks.distributed.collectives import RankGroup
 
 _REGISTRATION_SECONDS = 5.0
-"""Once, at attach: a wrong specification is better told now than later."""
+"""Longest wait for the registration, once, at attach: a wrong specification is better refused now than later."""
+
+
+class SavedDecisions(NamedTuple):
+    """What a checkpoint saved of earlier decisions; empty for a new run."""
+
+    policy_state: PolicyState
+    """Memory of the policy."""
+    pending: Mapping[int, Decision]
+    """Decisions that are not in force yet, by optimizer_step."""
+    orders: Orders | None
+    """Control by operators; None where none of them had changed anything."""
 
 
 def connect(
     *,
     run_id: str,
-    specification: RunSpecification,
-    policy_state: PolicyState,
-    pending: Mapping[int, Decision],
-    orders: Orders | None,
+    registration: Registration,
+    saved: SavedDecisions,
     url: str | None,
-    token: str | None,
-    spool_directory: Path,
-    resume_step: int,
+    options: ConnectionOptions,
     ranks: RankGroup,
-    decision_deadline_seconds: float,
 ) -> Controller | None:
-    """Rank 0's client, None on the others. Call it on every rank.
+    """Return rank 0's client, None on the others. Call it on every rank.
 
-    Silence is no error: the run decides locally until the controller answers.
+    A controller that does not answer is not an error: the run decides locally until it does.
 
     Raises:
         RunConflictError, InvalidInputError: the controller refuses this run; raised on every rank, so that none trains
@@ -45,21 +53,19 @@ def connect(
     problem: GnsError | None = None
     if ranks.rank == 0:
         if url is None:
-            client = LocalController(specification, policy_state, pending, orders)
+            client = LocalController(registration.specification, saved.policy_state, saved.pending, saved.orders)
         else:
             try:
                 client = HttpController(
                     url=url,
                     run_id=run_id,
-                    registration=Registration(
-                        specification=specification, incarnation=secrets.token_hex(16), resume_step=resume_step
-                    ),
-                    state=policy_state,
-                    pending=pending,
-                    orders=orders,
-                    spool_directory=spool_directory,
-                    token=token,
-                    decision_deadline_seconds=decision_deadline_seconds,
+                    registration=registration,
+                    state=saved.policy_state,
+                    pending=saved.pending,
+                    orders=saved.orders,
+                    spool_directory=Path(options.spool_directory),
+                    token=options.token or os.environ.get("GNS_TOKEN"),
+                    decision_deadline_seconds=options.decision_deadline_seconds,
                 )
                 client.wait_registered(deadline_seconds=_REGISTRATION_SECONDS)
             except Exception as error:
@@ -67,6 +73,8 @@ def connect(
                 problem = error if isinstance(error, GnsError) else InvalidInputError(f"controller={url!r}: {error}")
                 if client is not None:
                     client.close(deadline_seconds=1.0)
+
+    # Every rank comes here, with rank 0's outcome: all go on, or all raise.
     message = {"ok": True} if problem is None else {"error": str(problem)[:2000]}
     try:
         ranks.broadcast_message(message if ranks.rank == 0 else None)

@@ -25,9 +25,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gns_controller.core.batch_arithmetic import BatchRules
-from gns_controller.core.contract import Decision, Span
+from gns_controller.core.contract import Decision
 from gns_controller.core.errors import GnsError, InvalidInputError
-from trainer_hooks import AdaptiveBatch, warmup_cosine
+from trainer_hooks import AdaptiveBatch, ConnectionOptions, CouplingOptions, MeasurementOptions, Span, warmup_cosine
 from trainer_hooks.examples.checkpoints import described, read_checkpoint, settings_of, with_batch, write_checkpoint
 from trainer_hooks.examples.corpus import ByteSequences, read_standard_library
 from trainer_hooks.examples.llama import Llama, LlamaConfig, next_token_loss
@@ -134,13 +134,15 @@ class Job:
             micro_batch_size=options.micro_batch_size,
             budget_samples=options.budget_samples,
             policy=options.policy if options.policy.lstrip().startswith("{") else Path(options.policy),
-            measurement_interval=interval,
-            measurement_budget=options.measurement_budget,
-            num_sign_patterns=options.num_sign_patterns,
-            estimators=options.estimators.split(",") if options.estimators else None,
-            min_sample_groups=options.min_sample_groups,
-            learning_rate_coupling=coupling_of(options),
-            beta_coupling=options.beta_coupling,
+            measurement=MeasurementOptions(
+                interval=interval,
+                budget=options.measurement_budget,
+                num_sign_patterns=options.num_sign_patterns,
+                estimators=options.estimators.split(",") if options.estimators else None,
+                min_sample_groups=options.min_sample_groups,
+            ),
+            coupling=CouplingOptions(learning_rate=coupling_of(options), betas=options.beta_coupling),
+            connection=ConnectionOptions(spool_directory=options.spool_directory, on_decision=self._record_decision),
             learning_rate_schedule=warmup_cosine(
                 budget_samples=options.budget_samples, warmup_samples=max(int(0.15 * options.budget_samples), 1)
             ),
@@ -148,9 +150,7 @@ class Job:
             mode="shadow" if options.shadow else "active",
             tokens_per_sample=options.context,
             description=f"byte-level Llama, width {options.width}, {options.layers} layers, seed {options.seed}",
-            spool_directory=options.spool_directory,
             state=checkpoint["session"] if checkpoint else None,
-            on_decision=self._record_decision,
         )
 
     def run(self) -> None:

@@ -82,7 +82,7 @@ def check_gradients(
     if found is not None:
         raise SelfTestError(
             f"self-test of gradients failed on rank {found[0]} of {layout.ranks.size} ({layout.name}): "
-            f"{'; '.join(found[1])}. attach(..., self_test=False) leaves the test out."
+            f"{'; '.join(found[1])}. MeasurementOptions(self_test=False) leaves the test out."
         )
 
 

@@ -100,8 +100,8 @@ def find_groups(
             known = (geometries or {}).get(kind) or geometry_of(kind, param_group)
             if known is None:
                 raise GeometryError(
-                    f"the geometry of optimizer {kind} is not known; pass geometries={{{kind!r}: 'sign'}} "
-                    "(or 'euclidean', 'spectral')."
+                    f"the geometry of optimizer {kind} is not known; give "
+                    f"MeasurementOptions(geometries={{{kind!r}: 'sign'}}), or 'euclidean', or 'spectral'."
                 )
             for parameter in param_group["params"]:
                 if not parameter.requires_grad or id(parameter) in sparse:

@@ -1,4 +1,4 @@
-"""Which steps are measured, with how many sign patterns, on which layers; and what that costs."""
+"""The measurement scheduler: which steps are measured, with how many sign patterns, on which layers, at what cost."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from trainer_hooks.measurement.capture.fsdp2 import Fsdp2Capture, check_spread_s
 from trainer_hooks.measurement.gradient_check import check_gradients
 from trainer_hooks.measurement.group_reader import GroupReader
 from trainer_hooks.measurement.groups import MeasuredGroup, thinned
-from trainer_hooks.measurement.sums_row import Measured
+from trainer_hooks.measurement.requirements import Requirements
 
 logger = logging.getLogger(__name__)
 
 _MOST_AUTOMATIC_PATTERNS = 7
 
 
-class Measuring:
-    """Captures gradients on measured steps and turns them into readings. Every method is called on every rank.
+class MeasurementScheduler:
+    """Choose the steps that are measured, capture their gradients, and turn them into readings.
+
+    Every method is called on every rank, and decides by counters and costs that are the same on every rank.
 
     Args:
-        groups: what is measured.
-        optimizers: whose momentum makes the update direction.
+        groups: parameter groups to measure.
+        optimizers: the optimizers whose momentum makes the update direction.
         layout: how the model is spread over ranks.
-        measured: estimators, directions, norms.
+        requirements: estimators, directions and norms, number of sign patterns and of sample groups.
         interval: shortest distance between measured steps; None: as the budget allows.
         budget: largest share of the run's time; None: the interval alone decides.
-        num_sign_patterns: None: one, or what the budget finds best.
-        min_sample_groups: micro-batches of a measured step over all ranks, at least.
-        micro_batch_size: samples per rank per backward pass, at most.
+        micro_batch_size: most samples per rank per backward pass.
     """
 
     def __init__(
@@ -58,22 +58,21 @@ class Measuring:
         groups: Sequence[MeasuredGroup],
         optimizers: Sequence[torch.optim.Optimizer],
         layout: Layout,
-        measured: Measured,
+        requirements: Requirements,
         interval: Span | None,
         budget: float | None,
-        num_sign_patterns: int | None,
-        min_sample_groups: int,
         micro_batch_size: int,
     ) -> None:
+        measured = requirements.measured
         self.groups = tuple(groups)
         self._optimizers = tuple(optimizers)
         self._layout = layout
         self._measured = measured
         self._interval = interval
         self._ledger = MeasurementLedger(budget) if budget is not None else None
-        self._chooses_patterns = num_sign_patterns is None and budget is not None
-        self.num_patterns = num_sign_patterns or 1
-        self._min_sample_groups = min_sample_groups
+        self._chooses_patterns = requirements.num_sign_patterns is None and budget is not None
+        self.num_patterns = requirements.num_sign_patterns or 1
+        self._min_sample_groups = requirements.min_sample_groups
         self._micro_batch_size = micro_batch_size
         self.layer_share = 1.0
         self._reader = GroupReader(groups, optimizers, layout, measured)
@@ -83,7 +82,7 @@ class Measuring:
         self._losses = torch.zeros(2, dtype=torch.float64, device=layout.ranks.device)
         self._next = FIRST_MEASURED_STEP if interval is None else 0
         self._next_unit_is_steps = interval is None or interval.steps is not None
-        self._told_same_samples = self._told_incomplete = self._told_too_small = self._told_no_losses = False
+        self._warned: set[str] = set()
         self.norm_seconds = 0.0
         """Of the latest measured step: reductions and norms, on this rank."""
         self.differences: dict[Tensor, Tensor] = {}
@@ -143,9 +142,7 @@ class Measuring:
         try:
             self._capture = self._make_capture(self._dealing(plan.global_batch_size))
         except TooFewGroupsError:
-            if self._layout.ranks.rank == 0 and not self._told_too_small:
-                self._told_too_small = True
-                logger.warning("batch too small to be measured: global_batch_size=%d", plan.global_batch_size)
+            self._warn_once("too_small", "batch too small to be measured: global_batch_size=%d", plan.global_batch_size)
         self._losses.zero_()
 
     def self_test(self, model: nn.Module) -> None:
@@ -190,9 +187,9 @@ class Measuring:
             wanted = _parameters_with_halves(self._optimizers)
             pairs = zip(self._reader.parameters, captured.signed[0], strict=True)
             self.differences = {parameter: found for parameter, found in pairs if parameter in wanted}
-        self._tell_that_ranks_cannot_be_compared()
+        self._warn_of_missing_losses()
         if counts.same_samples:
-            self._tell_same_samples(counts.same_samples)
+            self._warn_of_same_samples(counts.same_samples)
         elif not readings and self._layout.ranks.rank == 0:
             logger.warning(
                 "measured step without a reading: sample_groups=%d samples_a=%s of %d misweighted=%d. "
@@ -202,10 +199,10 @@ class Measuring:
                 counts.num_samples,
                 counts.num_misweighted,
             )
-        if captured.is_incomplete and self._layout.ranks.rank == 0 and not self._told_incomplete:
-            self._told_incomplete = True
-            logger.warning(
-                "no rank_variance reading: a parameter got no gradient in some backward pass, or ranks' shares differ."
+        if captured.is_incomplete:
+            self._warn_once(
+                "incomplete",
+                "no rank_variance reading: a parameter got no gradient in some backward pass, or ranks' shares differ.",
             )
         return readings
 
@@ -338,26 +335,30 @@ class Measuring:
         groups = thinned(self.groups, share)
         self._reader = GroupReader(groups, self._optimizers, self._layout, self._measured)
 
-    def _tell_that_ranks_cannot_be_compared(self) -> None:
+    def _warn_of_missing_losses(self) -> None:
         layout = self._layout
-        if self._told_no_losses or not layout.averages_in_backward or layout.data_parallel.size == 1:
-            return
-        if layout.ranks.rank == 0 and not bool(self._losses.any()):
-            self._told_no_losses = True
-            logger.warning(
+        compares_losses = layout.averages_in_backward and layout.data_parallel.size > 1
+        if compares_losses and layout.ranks.rank == 0 and not bool(self._losses.any()):
+            self._warn_once(
+                "no_losses",
                 "ranks cannot be compared for equal samples: call session.observe_loss(loss, num_samples=...) after "
-                "each backward pass, with a float32 loss."
+                "each backward pass, with a float32 loss.",
             )
 
-    def _tell_same_samples(self, pairs: Sequence[tuple[int, int]]) -> None:
-        if self._told_same_samples or self._layout.ranks.rank != 0:
-            return
-        self._told_same_samples = True
-        logger.error(
+    def _warn_of_same_samples(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._warn_once(
+            "same_samples",
             "data-parallel ranks see the same samples, their gradients or losses are equal to the last bit: ranks=%s. "
             "Give each rank its own part of the data (sampler with num_replicas and rank); nothing is measured so.",
             ", ".join(f"{first}={second}" for first, second in pairs[:8]),
+            level=logging.ERROR,
         )
+
+    def _warn_once(self, fault: str, message: str, *arguments: object, level: int = logging.WARNING) -> None:
+        """Log on rank 0, the first time that this fault is met."""
+        if self._layout.ranks.rank == 0 and fault not in self._warned:
+            self._warned.add(fault)
+            logger.log(level, message, *arguments)
 
 
 def _parameters_with_halves(optimizers: Sequence[torch.optim.Optimizer]) -> set[Tensor]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gns_controller.core.batch_arithmetic import BatchRules, BetaCoupling, LearningRateCoupling
+from gns_controller.core.batch_arithmetic import BatchRules, LearningRateCoupling
 from gns_controller.core.contract import BatchPlan, Geometry
 from gns_controller.core.coupling import coupled, default_couplings
 from gns_controller.core.errors import CouplingError, InvalidInputError
@@ -53,29 +53,20 @@ def find_couplings(
     chosen = dict.fromkeys(names, given) if isinstance(given, str) else dict(given)
     strangers = sorted(set(chosen) - set(names))
     if strangers:
-        raise CouplingError(f"learning_rate_coupling names {strangers}, and the optimizers are {', '.join(names)}.")
-    unknown = sorted({str(rule) for rule in chosen.values()} - set(get_args(LearningRateCoupling)))
-    if unknown:
         raise CouplingError(
-            f"learning_rate_coupling={unknown[0]!r} does not exist; there are "
-            f"{', '.join(get_args(LearningRateCoupling))}."
+            f"CouplingOptions(learning_rate=...) names {strangers}, and the optimizers are {', '.join(names)}."
         )
     rules = {name: chosen[name] if name in chosen else default_couplings([name])[0] for name in names}
     first = rules[names[0]]
     return first, {name: rule for name, rule in rules.items() if rule != first}
 
 
-def check_steppable(optimizers: Sequence[torch.optim.Optimizer], beta_coupling: str) -> None:
-    """Whether a session can end a step with them.
+def check_steppable(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Check that a session can end a step with these optimizers.
 
     Raises:
-        CouplingError: there is no such beta_coupling.
         InvalidInputError: an optimizer evaluates the loss itself.
     """
-    if beta_coupling not in get_args(BetaCoupling):
-        raise CouplingError(
-            f"beta_coupling={beta_coupling!r} does not exist; there are {', '.join(get_args(BetaCoupling))}."
-        )
     for optimizer in optimizers:
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -231,11 +222,12 @@ def averages_of(kind: str, group: Mapping[str, Any], *, told: Sequence[str] | No
             hint = " (give SGD dampening=momentum, which makes it an average, and a learning rate for that)"
             raise CouplingError(
                 f"the momentum of {kind} is a sum and not an average: another momentum would be another learning rate. "
-                f"Use beta_coupling='none'{hint if kind == 'SGD' else ''}."
+                f"Use CouplingOptions(betas='none'){hint if kind == 'SGD' else ''}."
             )
         else:
             raise CouplingError(
-                f"whether the momentum of {kind} is a sum or an average is not known; use beta_coupling='none'."
+                f"whether the momentum of {kind} is a sum or an average is not known; "
+                "use CouplingOptions(betas='none')."
             )
     return found
 
@@ -248,10 +240,10 @@ def _told(optimizer: torch.optim.Optimizer) -> tuple[str, ...] | None:
 def _numbers(kind: str, name: str, given: Any) -> tuple[float, ...]:
     values = tuple(given) if isinstance(given, tuple | list) else (given,)
     if any(isinstance(value, Tensor) for value in values):
-        raise CouplingError(f"{name} of {kind} is a tensor; give numbers, or use beta_coupling='none'.")
+        raise CouplingError(f"{name} of {kind} is a tensor; give numbers, or use CouplingOptions(betas='none').")
     if any(value >= 1 for value in values):
         raise CouplingError(
-            f"{name}={given!r} of {kind} never forgets, whatever the batch is; use beta_coupling='none'."
+            f"{name}={given!r} of {kind} never forgets, whatever the batch is; use CouplingOptions(betas='none')."
         )
     return tuple(float(value) for value in values)
 

@@ -1,4 +1,4 @@
-"""What goes along with a measurement: losses, step times, and what measuring cost, since the last report."""
+"""Losses and step times since the last report, and the cost of measuring, which go along with a measurement."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from trainer_hooks.measurement.budget import MeasurementCost
 
 
 class Interval(NamedTuple):
-    """Between two reports."""
+    """Losses and times between two reports."""
 
     step_seconds: float | None
     """Median of the unmeasured steps, on this rank."""
     loss: float | None
     """Mean over samples and ranks."""
     validation_loss: float | None
-    """As this rank was told."""
+    """The value given to this rank, if any."""
     cost: MeasurementCost | None
-    """Mean over ranks; None where some rank does not know what a step takes."""
+    """Mean over ranks; None while some rank has not timed an unmeasured step."""
 
 
 class Stopwatch:
-    """Losses and times of one rank.
+    """Stopwatch for the steps of one rank, and sums of its losses.
 
     Args:
-        ranks: over which they are averaged.
+        ranks: the ranks over which losses and costs are averaged.
     """
 
     def __init__(self, ranks: RankGroup) -> None:
@@ -42,15 +42,15 @@ class Stopwatch:
         self._step_ended_at: float | None = None
         self._reported_at = time.perf_counter()
         self.validation_loss: float | None = None
-        """Goes along with the next report."""
+        """Validation loss that goes along with the next report."""
 
     def observe_loss(self, loss: Tensor, *, num_samples: int) -> None:
-        """No host synchronisation."""
+        """Add a mean loss over so many samples. No host synchronisation."""
         self._loss_sum += loss.detach().double() * num_samples
         self._loss_samples += num_samples
 
     def end_step(self, *, was_measured: bool) -> float | None:
-        """Seconds of the step that ends now; None for the first one."""
+        """Return the seconds of the step that ends now; None for the first one."""
         now, before = time.perf_counter(), self._step_ended_at
         self._step_ended_at = now
         if before is not None and not was_measured:
@@ -58,11 +58,11 @@ class Stopwatch:
         return now - before if before is not None else None
 
     def report(self, *, norm_seconds: float, measured_seconds: float | None) -> Interval:
-        """One reduction, every rank; begins anew.
+        """Average over ranks and begin anew. One reduction, on every rank.
 
         Args:
             norm_seconds: reductions and norms of the measured step, on this rank.
-            measured_seconds: of the whole measured step; None where none was measured, or nobody knows.
+            measured_seconds: time of the whole measured step; None where none was measured or timed.
         """
         step_seconds = statistics.median(self._step_seconds) if self._step_seconds else self._typical_seconds
         self._typical_seconds = step_seconds
@@ -78,6 +78,7 @@ class Stopwatch:
         sums = torch.cat([self._loss_sum[None], self._loss_sum.new_tensor([float(self._loss_samples), *times])])
         loss_sum, num_samples, *averages = self._ranks.sum_(sums).tolist()
         extra, norms, typical, elapsed, timed = (value / self._ranks.size for value in averages)
+        cost = MeasurementCost(extra_seconds=extra, norm_seconds=norms, step_seconds=typical, elapsed_seconds=elapsed)
         validation_loss, self.validation_loss = self.validation_loss, None
         self._loss_sum.zero_()
         self._loss_samples = 0
@@ -86,5 +87,5 @@ class Stopwatch:
             step_seconds=step_seconds,
             loss=loss_sum / num_samples if num_samples else None,
             validation_loss=validation_loss,
-            cost=MeasurementCost(extra, norms, typical, elapsed) if timed == 1 else None,
+            cost=cost if timed == 1 else None,
         )

@@ -15,7 +15,8 @@ from tests.gns_controller.core.measurements import measurement
 from tests.gns_controller.running_service import Service
 from tests.trainer_hooks.client.test_http import Wire, refuse
 from trainer_hooks.client import HttpController
-from trainer_hooks.session.checks import first_state, reachable_plan
+from trainer_hooks.session.checkpoint import first_state
+from trainer_hooks.session.plan_agreement import reachable_plan
 
 RULES = BatchRules(global_batch_size=8, micro_batch_size=8)
 POLICY = LinearRampPolicyConfig(global_batch_size=320, ramp_samples=20_000, dwell=Span(samples=2000))

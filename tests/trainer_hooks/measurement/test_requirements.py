@@ -17,11 +17,11 @@ from gns_controller.core.policies import (
     ProgressPolicyConfig,
 )
 from tests.trainer_hooks.measurement.test_scheduler import Rows, attach, deep_network, loss_of
-from trainer_hooks import AdaptiveBatch
+from trainer_hooks import AdaptiveBatch, MeasurementOptions
 from trainer_hooks.distributed.collectives import RankGroup
 from trainer_hooks.distributed.layout import DataParallel, Layout
 from trainer_hooks.measurement.groups import find_groups
-from trainer_hooks.measurement.requirements import Needs, needs_of
+from trainer_hooks.measurement.requirements import Requirements, requirements_of
 from trainer_hooks.optim import Muon, Signum
 
 
@@ -38,20 +38,11 @@ def trained(session: AdaptiveBatch, *, steps: int) -> list[list[GroupReading]]:
     return found
 
 
-def needs(layout: Layout, policy: Any, optimizer: torch.optim.Optimizer, **changes: Any) -> Needs:
+def needs(layout: Layout, policy: Any, optimizer: torch.optim.Optimizer, **changes: Any) -> Requirements:
     model = deep_network()
     made = type(optimizer)(model.parameters(), lr=0.1)
-    settings: dict[str, Any] = {
-        "estimators": None,
-        "directions": None,
-        "spectral_norms": None,
-        "progress_curve": False,
-        "background_eigenvalues": False,
-        "num_sign_patterns": None,
-        "min_sample_groups": 2,
-        **changes,
-    }
-    return needs_of(policy, groups=find_groups(model, [made]), layout=layout, **settings)
+    groups = find_groups(model, [made])
+    return requirements_of(policy, MeasurementOptions(**changes), groups=groups, layout=layout)
 
 
 @pytest.mark.parametrize("budget", [{"measurement_interval": Span(steps=1)}, {"measurement_budget": 0.5}])

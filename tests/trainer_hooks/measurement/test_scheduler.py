@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gns_controller.core.contract import NoiseScaleMeasurement, Span
 from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import HoldPolicyConfig
+from tests.attaching import attach_arguments
 from trainer_hooks import AdaptiveBatch
 from trainer_hooks.estimators.by_geometry import SPLIT_SUMS
 from trainer_hooks.measurement import scheduler as measuring
@@ -57,7 +58,7 @@ def attach(model: nn.Module, **changes: Any) -> AdaptiveBatch:
         **changes,
     }
     optimizer = settings.pop("optimizer", None) or Muon(model.parameters(), lr=1e-3)
-    return AdaptiveBatch.attach(model, optimizer, **settings)
+    return AdaptiveBatch.attach(model, optimizer, **attach_arguments(settings))
 
 
 class Clock:
@@ -127,8 +128,8 @@ def test_where_the_budget_is_too_small_fewer_layers_are_measured_and_the_group_s
     clock = Clock(monkeypatch, norm_seconds=lambda reader: 0.4 * len(reader.parameters))
     session = attach(deep_network())
     names: list[str] = []
-    read = session._measuring.read
-    monkeypatch.setattr(session._measuring, "read", lambda: [names.append(found.group) or found for found in read()])
+    read = session._scheduler.read
+    monkeypatch.setattr(session._scheduler, "read", lambda: [names.append(found.group) or found for found in read()])
     with caplog.at_level(logging.INFO):
         found = measured_steps(session, clock, steps=2500)
     # 3.6 s for 9 layers, and 1 % of 200 steps allows 2 s: four of the eight equal layers, and the last one.
@@ -145,7 +146,7 @@ def test_where_the_budget_is_too_small_fewer_layers_are_measured_and_the_group_s
 def test_cheap_norms_are_repeated_over_sign_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
     # 0.9 s of a measured step do not depend on the number of patterns, 0.1 s per pattern does: sqrt(9) = 3.
     seen: list[int | None] = []
-    clock = Clock(monkeypatch, norm_seconds=lambda reader: 0.1 * session._measuring.num_patterns)
+    clock = Clock(monkeypatch, norm_seconds=lambda reader: 0.1 * session._scheduler.num_patterns)
     session = attach(deep_network(), global_batch_size=32, micro_batch_size=4)
     for step in session.steps(Rows()):
         for rows in step:
@@ -180,9 +181,9 @@ def test_what_measuring_cost_goes_along_with_the_measurement(monkeypatch: pytest
     reported: list[NoiseScaleMeasurement] = []
     clock = Clock(monkeypatch, norm_seconds=lambda reader: 0.25)
     session = attach(deep_network(), measurement_interval=Span(steps=5))
-    assert session._controller is not None
-    report = session._controller.report
-    monkeypatch.setattr(session._controller, "report", lambda found: (reported.append(found), report(found))[1])
+    assert session._client is not None
+    report = session._client.report
+    monkeypatch.setattr(session._client, "report", lambda found: (reported.append(found), report(found))[1])
     measured_steps(session, clock, steps=10)
     assert [found.measurement_seconds for found in reported] == [None, 0.25, 0.25]
 
@@ -225,9 +226,9 @@ def test_both_directions_are_told_apart_and_a_first_step_has_no_momentum_yet() -
 
 def test_what_measuring_cannot_do_is_said_at_attach() -> None:
     model = deep_network()
-    with pytest.raises(InvalidInputError, match=r"measurement_budget=2.0 must be a share of time between 0 and 1"):
+    with pytest.raises(InvalidInputError, match=r"budget=2.0 is not a share of time between 0 and 1"):
         attach(model, measurement_budget=2.0)
-    with pytest.raises(InvalidInputError, match="num_sign_patterns=0 must be between 1 and 63"):
+    with pytest.raises(InvalidInputError, match="num_sign_patterns=0 is not between 1 and 63"):
         attach(model, num_sign_patterns=0)
     with pytest.raises(InvalidInputError, match="the momentum of optimizer Adagrad is not known"):
         attach(
@@ -284,16 +285,16 @@ def test_a_checkpoint_that_counted_in_samples_is_resumed_in_steps() -> None:
     saved = first.state_dict()
     saved["measuring"]["next"] = 10**9
     second = attach(deep_network(), state=saved)
-    assert second._measuring._next == 10
+    assert second._scheduler._next == 10
 
 
 def test_a_step_that_was_not_read_reports_no_readings(monkeypatch: pytest.MonkeyPatch) -> None:
     reported: list[NoiseScaleMeasurement] = []
     model = deep_network()
     session = attach(model, measurement_interval=Span(steps=1))
-    assert session._controller is not None
-    report = session._controller.report
-    monkeypatch.setattr(session._controller, "report", lambda found: (reported.append(found), report(found))[1])
+    assert session._client is not None
+    report = session._client.report
+    monkeypatch.setattr(session._client, "report", lambda found: (reported.append(found), report(found))[1])
     rows = Rows().rows[:8]
     for is_read in (True, False, True):
         for piece in rows.chunk(2):
@@ -405,11 +406,11 @@ def test_eigenvalues_in_the_background_are_the_same_numbers_one_measurement_late
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"measurement_interval": 16}, "measurement_interval=16: give Span"),
-        ({"measurement_budget": "1%"}, "measurement_budget='1%' must be a share of time"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 must be above 0"),
-        ({"spectral_norms": "ns"}, "spectral_norms='ns'; there are exact, polar_express"),
-        ({"estimators": "split"}, "lists of names"),
+        ({"measurement_interval": 16}, "interval=16 is not a Span"),
+        ({"measurement_budget": "1%"}, "budget='1%' is not a share of time"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 is not above 0"),
+        ({"spectral_norms": "ns"}, "spectral_norms='ns' does not exist; there are exact, polar_express"),
+        ({"estimators": "split"}, "is not a list of names"),
         ({"exclude": "("}, r"exclude='\(' is not a regular expression"),
         ({"geometries": {"Adamw": "sign"}}, r"geometries names \['Adamw'\], and the optimizers are Muon"),
         ({"geometries": {"Muon": "cubic"}}, r"geometries \['cubic'\] do not exist"),

@@ -19,6 +19,7 @@ from gns_controller.core.errors import (
     TooFewGroupsError,
 )
 from gns_controller.core.policies import HoldPolicyConfig, NoiseScalePolicyConfig, Stage, StagesPolicyConfig
+from tests.attaching import attach_arguments
 from trainer_hooks import AdaptiveBatch, warmup_cosine
 from trainer_hooks.client import Orders
 from trainer_hooks.optim import Muon, Signum
@@ -64,7 +65,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **c
         "learning_rate_schedule": warmup_cosine(budget_samples=600, warmup_samples=90),
         **changes,
     }
-    return AdaptiveBatch.attach(model, optimizer or Signum(model.parameters(), lr=0.01), **settings)
+    return AdaptiveBatch.attach(model, optimizer or Signum(model.parameters(), lr=0.01), **attach_arguments(settings))
 
 
 def train(session: AdaptiveBatch, *, until: int | None = None) -> list[tuple[int, int, float]]:
@@ -128,7 +129,7 @@ def test_shadow_mode_leaves_the_rate_of_a_shorter_last_step_alone() -> None:
 def test_a_batch_pinned_above_what_is_left_ends_with_the_rate_of_what_is_left() -> None:
     session = attach(network(), policy=HoldPolicyConfig(), learning_rate_schedule=None, budget_samples=130)
     trail = train(session, until=4)
-    session._controller.orders = Orders(HoldPolicyConfig(), 1, Override(kind="pin", global_batch_size=320))
+    session._client.orders = Orders(HoldPolicyConfig(), 1, Override(kind="pin", global_batch_size=320))
     trail += train(session)
     assert session.plan.global_batch_size == 320
     left = 130 - trail[-1][0]

@@ -20,6 +20,7 @@ from gns_controller.core.policies import (
     Stage,
     StagesPolicyConfig,
 )
+from tests.attaching import attach_arguments
 from trainer_hooks import AdaptiveBatch, warmup_cosine
 from trainer_hooks.client import Orders
 from trainer_hooks.distributed.collectives import plan_checksum
@@ -44,7 +45,7 @@ def attach(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, **chan
         "measurement_interval": Span(steps=1),
         **changes,
     }
-    return AdaptiveBatch.attach(model, optimizers, **settings)
+    return AdaptiveBatch.attach(model, optimizers, **attach_arguments(settings))
 
 
 def train(session: AdaptiveBatch, *, until: int | None = None) -> list[Any]:
@@ -111,10 +112,14 @@ def test_shadow_mode_changes_neither_rates_nor_betas() -> None:
 @pytest.mark.parametrize(
     ("optimizer", "changes", "told"),
     [
-        ("Adagrad", {"geometries": {"Adagrad": "sign"}}, "Adagrad is known to be sound.*Say learning_rate_coupling="),
+        (
+            "Adagrad",
+            {"geometries": {"Adagrad": "sign"}},
+            "known to be sound.*CouplingOptions.learning_rate=",
+        ),
         ("LBFGS", {"learning_rate_coupling": "none", "geometries": {"LBFGS": "sign"}}, "its step wants a closure"),
         ("LBFGS", {}, "its step wants a closure"),
-        ("AdamW", {"beta_coupling": "halflife"}, "beta_coupling='halflife' does not exist; there are half_life, none"),
+        ("AdamW", {"beta_coupling": "halflife"}, "beta coupling 'halflife' does not exist; there are half_life, none"),
         ("AdamW", {"learning_rate_coupling": "cubic"}, "'cubic' does not exist; there are sqrt, linear, adascale"),
         ("AdamW", {"learning_rate_coupling": {"SGD": "sqrt"}}, r"names \['SGD'\], and the optimizers are AdamW"),
         ("AdamW", {"learning_rate_coupling": "adascale"}, "adascale is a gain in the euclidean norm.*geometry sign"),
@@ -354,8 +359,8 @@ def test_a_checkpoint_keeps_what_operators_wanted() -> None:
     seen: list[Decision] = []
     first = attach(optimizers, model)
     pinned = Orders(HoldPolicyConfig(), 3, Override(kind="pin", global_batch_size=16))
-    assert first._controller is not None
-    first._controller.orders = pinned  # type: ignore[misc]  # what an answer of a controller does
+    assert first._client is not None
+    first._client.orders = pinned  # type: ignore[misc]  # what an answer of a controller does
     saved = first.state_dict()
     second = attach(optimizers, model, state=saved, on_decision=lambda decision, source: seen.append(decision))
     assert train(second)[-2][0] == 16

@@ -271,9 +271,9 @@ def test_differences_are_made_for_those_who_want_them_only_and_handed_over_once(
     for rows in step:
         step.backward(loss_of(model, rows))
     session.measure()
-    assert list(session._measuring.differences) == [first]
+    assert list(session._scheduler.differences) == [first]
     session.supply_halves()
-    assert not session._measuring.differences
+    assert not session._scheduler.differences
     assert len(heard) == 1
     assert heard[0][0] is first
     for optimizer in session.optimizers:

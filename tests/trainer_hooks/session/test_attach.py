@@ -14,7 +14,8 @@ from trainer_hooks import AdaptiveBatch
 from trainer_hooks.distributed.collectives import RankGroup
 from trainer_hooks.distributed.layout import DataParallel, Layout
 from trainer_hooks.optim import SNOO, Muon, parameter_groups
-from trainer_hooks.session.checks import check_same_state, undivided
+from trainer_hooks.session.attach import undivided
+from trainer_hooks.session.checkpoint import check_same_state
 
 
 def test_what_is_no_optimizer_is_refused_in_a_sentence() -> None:
