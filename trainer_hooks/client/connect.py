@@ -22,7 +22,7 @@ _REGISTRATION_SECONDS = 5.0
 
 
 class SavedDecisions(NamedTuple):
-    """What a checkpoint saved of earlier decisions; empty for a new run."""
+    """Earlier decisions, as a checkpoint saved them; empty for a new run."""
 
     policy_state: PolicyState
     """Memory of the policy."""

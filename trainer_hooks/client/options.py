@@ -1,4 +1,4 @@
-"""What a caller may choose about the connection to the controller."""
+"""Connection options: how a session reaches its controller."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEFAULT_SPOOL_DIRECTORY = ".gns/spool"
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionOptions:
-    """How a session reaches its controller, how long it waits, and who is notified of decisions.
+    """Token, deadlines, spool folder and decision callback of the connection to a controller.
 
     Raises:
         InvalidInputError: a value is out of its range; the message names the option.

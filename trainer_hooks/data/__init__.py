@@ -1,4 +1,4 @@
-"""Which samples a step consumes, how they are cut into micro-batches, and the learning rate at a sample count."""
+"""Data of a run: the order of samples, micro-batches, and learning-rate schedules over samples."""
 
 from trainer_hooks.data.lr_schedule import warmup_cosine
 from trainer_hooks.data.micro_batches import cut_micro_batches

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from gns_controller.core.errors import InvalidInputError
 
 NUM_SAMPLED_POINTS = 65
-"""For projections: every 64th of the budget, both ends included."""
+"""Points of a schedule that a run is registered with: every 64th of the budget, both ends included."""
 
 LearningRateSchedule = Callable[[int], float]
 """Samples seen before the step -> factor on the base learning rate."""
 
 
 def warmup_cosine(*, budget_samples: int, warmup_samples: int, final_factor: float = 0.0) -> LearningRateSchedule:
-    """Linear to 1 over the warmup, then half a cosine down to `final_factor` at the budget."""
+    """Return a schedule: linear to 1 over the warmup, then half a cosine down to `final_factor` at the budget."""
 
     def factor(samples_seen: int) -> float:
         if samples_seen < warmup_samples:
@@ -27,10 +27,10 @@ def warmup_cosine(*, budget_samples: int, warmup_samples: int, final_factor: flo
 
 
 def sampled(schedule: LearningRateSchedule, *, budget_samples: int) -> tuple[float, ...]:
-    """The schedule at evenly spaced points of the budget, both ends included. The same floats at every call.
+    """Sample a schedule at evenly spaced points of the budget, both ends included. The same floats at every call.
 
     Raises:
-        InvalidInputError: it fails there, or is not a finite number.
+        InvalidInputError: the schedule raises there, or is not finite.
     """
     points = []
     for index in range(NUM_SAMPLED_POINTS):

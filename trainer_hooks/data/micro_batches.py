@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def cut_micro_batches(num_samples: int, *, micro_batch_size: int, min_pieces: int = 1) -> list[int]:
-    """Sizes of the pieces: as few as fit into micro_batch_size, at least min_pieces, none empty, sizes within one.
+    """Return sizes of pieces: as few as fit micro_batch_size, at least min_pieces, none empty, all within one.
 
     A measured step needs sample groups to compare, so its share may be cut finer than memory asks for.
     """

@@ -15,10 +15,10 @@ class SampleStream:
 
     Args:
         num_samples: size of the data set.
-        seed: of the permutations.
+        seed: seed of the permutations.
 
     Raises:
-        InvalidInputError: an empty data set.
+        InvalidInputError: the data set is empty.
     """
 
     def __init__(self, num_samples: int, *, seed: int = 0) -> None:
@@ -30,7 +30,7 @@ class SampleStream:
         self._order = torch.empty(0, dtype=torch.int64)
 
     def positions(self, start: int, count: int) -> Tensor:
-        """(count,) int64 sample numbers at positions start .. start + count of the stream."""
+        """Return the (count,) int64 sample numbers at positions start .. start + count of the stream."""
         pieces = []
         while count > 0:
             epoch, offset = divmod(start, self._num_samples)

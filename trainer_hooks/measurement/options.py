@@ -1,4 +1,4 @@
-"""What a caller may choose about measuring."""
+"""Measurement options: what is measured, how often, and how finely."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT_BUDGET = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class MeasurementOptions:
-    """What is measured, how often, and how finely. Every default follows the policy or the budget.
+    """Choice of what is measured, how often, and how finely. Every default follows the policy or the budget.
 
     Raises:
         InvalidInputError: a value is out of its range; the message names the option.

@@ -1,4 +1,4 @@
-"""What a policy needs measured, beside what the caller asks for."""
+"""Requirements: what a policy needs measured, beside what the caller asks for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CURVE_GROUPS = 4
 
 
 class Requirements(NamedTuple):
-    """What to measure, and how finely."""
+    """Quantities to measure, and how finely."""
 
     measured: Measured
     num_sign_patterns: int | None

@@ -84,21 +84,21 @@ class MeasurementScheduler:
         self._next_unit_is_steps = interval is None or interval.steps is not None
         self._warned: set[str] = set()
         self.norm_seconds = 0.0
-        """Of the latest measured step: reductions and norms, on this rank."""
+        """Seconds that reductions and norms of the latest measured step took on this rank."""
         self.differences: dict[Tensor, Tensor] = {}
-        """Parameter -> this rank's block of (g_A - g_B) / 2, after a measured step with halves of equal size. Of those
-        that an optimizer has a use for."""
+        """Parameter -> this rank's block of (g_A - g_B) / 2, after a measured step with halves of equal size; only for
+        parameters whose optimizer uses them."""
 
     # ---------------------------------------------------------------- before a step
 
     @property
     def is_armed(self) -> bool:
-        """Whether the step that runs now is a measured one."""
+        """True while the step that runs now is a measured one."""
         return self._capture is not None
 
     @property
     def min_micro_batches(self) -> int:
-        """Backward passes per rank that a measured step needs."""
+        """Fewest backward passes per rank of a measured step."""
         if not self._layout.averages_in_backward:
             needed = max(self._min_sample_groups, self.num_patterns + 1)
             return -(-needed // self._layout.data_parallel.size)
@@ -109,25 +109,30 @@ class MeasurementScheduler:
 
     @property
     def described_groups(self) -> tuple[MeasuredGroup, ...]:
-        """With those that are measured in the l2 norm besides their own."""
+        """All groups, and again those that are measured in the l2 norm besides their own."""
         if not self._measured.also_euclidean:
             return self.groups
         return self.groups + tuple(group.in_the_euclidean_norm() for group in self.groups)
 
     def describe(self) -> str:
-        """For the line printed at attach."""
-        found = f"estimators={','.join(self._measured.estimators)} directions={','.join(self._measured.directions)}"
+        """Return the part of the line printed at attach."""
+        parts = [
+            f"estimators={','.join(self._measured.estimators)}",
+            f"directions={','.join(self._measured.directions)}",
+        ]
         if self._measured.also_euclidean:
-            found += " also=euclidean"
+            parts.append("also=euclidean")
         if self._measured.inner_products:
-            found += " inner_products"
+            parts.append("inner_products")
         if self._interval is not None:
-            found += f" interval={self._interval.steps or self._interval.samples}"
-            found += "_steps" if self._interval.steps else "_samples"
-        return found if self._ledger is None else f"{found} budget={self._ledger.budget:g}"
+            unit = "steps" if self._interval.steps else "samples"
+            parts.append(f"interval={self._interval.steps or self._interval.samples}_{unit}")
+        if self._ledger is not None:
+            parts.append(f"budget={self._ledger.budget:g}")
+        return " ".join(parts)
 
     def check(self, global_batch_size: int) -> None:
-        """A measured step at this batch has something to compare.
+        """Check that a measured step at this batch has something to compare.
 
         Raises:
             TooFewGroupsError: it has not.
@@ -146,10 +151,10 @@ class MeasurementScheduler:
         self._losses.zero_()
 
     def self_test(self, model: nn.Module) -> None:
-        """Known gradients through the real backward path.
+        """Send known gradients through the real backward path.
 
         Raises:
-            SelfTestError: what measuring relies on does not hold.
+            SelfTestError: gradients do not come out as measuring relies on.
         """
         check_gradients(model, self._layout, self._reader.parameters, self._make_capture)
 
@@ -158,7 +163,7 @@ class MeasurementScheduler:
     def micro_batch(
         self, *, num_samples: int, loss_factor: float, gradient_scale: float
     ) -> AbstractContextManager[None]:
-        """Around one backward pass."""
+        """Return the context around one backward pass."""
         if self._capture is None:
             return nullcontext()
         return self._capture.micro_batch(
@@ -166,27 +171,33 @@ class MeasurementScheduler:
         )
 
     def observe_loss(self, loss: Tensor) -> None:
-        """On measured steps: where ranks hold no local gradient, equal losses betray equal samples."""
+        """Sum losses of a measured step: where ranks hold no local gradient, equal losses betray equal samples."""
         if self._capture is not None and loss.dtype.itemsize >= 4:  # bf16 losses are equal by chance
             value = loss.detach().double()
             self._losses += torch.stack([value, value * value])
 
     def read(self) -> list[GroupReading]:
-        """End of the last backward pass, before clipping: readings of a measured step, else none."""
+        """Return the readings of a measured step, else none. After the last backward pass, before clipping."""
         self.differences = {}
         if self._capture is None:
             return []
+
+        # Reduce and take norms. `finish` and `read` hold collectives, and every rank has a capture or none has.
         if self._layout.ranks.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # else the norms would be charged for the backward pass
         began = time.perf_counter()
         captured = self._capture.finish(self._losses)
         readings = self._reader.read(captured)
         self.norm_seconds = time.perf_counter() - began
+
+        # Keep half differences for the optimizers that use them.
         counts = captured.counts
         if readings and captured.signed and 2 * counts.num_samples_a[0] == counts.num_samples:
-            wanted = _parameters_with_halves(self._optimizers)
+            with_halves = _parameters_with_halves(self._optimizers)
             pairs = zip(self._reader.parameters, captured.signed[0], strict=True)
-            self.differences = {parameter: found for parameter, found in pairs if parameter in wanted}
+            self.differences = {parameter: half for parameter, half in pairs if parameter in with_halves}
+
+        # Say what kept a reading away.
         self._warn_of_missing_losses()
         if counts.same_samples:
             self._warn_of_same_samples(counts.same_samples)
@@ -211,6 +222,8 @@ class MeasurementScheduler:
     def settle(self, cost: MeasurementCost | None, *, optimizer_step: int, samples_seen: int, batch_size: int) -> None:
         """Plan the next measured step, from costs that are the same on every rank."""
         self._capture = None
+
+        # By the interval alone.
         interval = self._interval
         if interval is not None:
             length = interval.steps or interval.samples or 1
@@ -221,15 +234,18 @@ class MeasurementScheduler:
                 self._next = (samples_seen // length + 1) * length
         if self._ledger is None:
             return
-        if cost is None:  # the first step after a restart: nobody knows yet what a step takes
-            unit = 1 if self._next_unit_is_steps else batch_size
-            now = optimizer_step if self._next_unit_is_steps else samples_seen
+
+        # By the budget: not before the costs so far are a small enough share of the time.
+        unit = 1 if self._next_unit_is_steps else batch_size
+        now = optimizer_step if self._next_unit_is_steps else samples_seen
+        if cost is None:  # the first step after a restart: an unmeasured step has not been timed yet
             self._next = max(self._next, now + FIRST_MEASURED_STEP * unit)
             return
         steps = self._ledger.settle(replace(cost, num_patterns=self.num_patterns, layer_share=self.layer_share))
-        unit = 1 if self._next_unit_is_steps else batch_size
-        earliest = (optimizer_step if self._next_unit_is_steps else samples_seen) + (steps - 1) * unit
+        earliest = now + (steps - 1) * unit
         self._next = max(self._next, earliest) if interval is not None else earliest
+
+        # How finely: sign patterns that pay, and a share of the layers if even one measurement is too dear.
         before = (self.num_patterns, self.layer_share)
         is_first = len(self._ledger.recent) == 1
         typical = self._ledger.typical
@@ -253,11 +269,11 @@ class MeasurementScheduler:
 
     @property
     def share_of_time(self) -> float | None:
-        """Spent on measuring so far, if there is a budget."""
+        """Share of the time so far that measuring took, if there is a budget."""
         return self._ledger.share if self._ledger is not None else None
 
     def state_dict(self) -> dict[str, Any]:
-        """For the session's checkpoint, the same on every rank."""
+        """Return the scheduler's part of the checkpoint, the same on every rank."""
         return {
             "next": self._next,
             "next_in_steps": self._next_unit_is_steps,
@@ -304,7 +320,7 @@ class MeasurementScheduler:
         )
 
     def _available_patterns(self, batch_size: int) -> int:
-        """Without cutting micro-batches any finer than they are."""
+        """Return how many sign patterns fit without cutting micro-batches any finer than they are."""
         try:
             pieces = self._num_pieces(batch_size, self.min_micro_batches)
             return len(self._patterns(_MOST_AUTOMATIC_PATTERNS, pieces))
@@ -364,9 +380,9 @@ class MeasurementScheduler:
 def _parameters_with_halves(optimizers: Sequence[torch.optim.Optimizer]) -> set[Tensor]:
     wanting = [optimizer for optimizer in optimizers if getattr(optimizer, "wants_halves", False)]
     groups = [group for optimizer in wanting for group in optimizer.param_groups]
-    return {each for group in groups if group.get("update_bias_correction", True) for each in group["params"]}
+    return {p for group in groups if group.get("update_bias_correction", True) for p in group["params"]}
 
 
 def _chunks(pieces: int, num_patterns: int) -> int:
-    """As many stretches as the patterns need in time alone, a power of two, if there are as many micro-batches."""
+    """Return the number of stretches in time: a power of two, as many as the patterns need, if micro-batches allow."""
     return min(1 << num_patterns.bit_length(), 1 << (pieces.bit_length() - 1))

@@ -78,7 +78,7 @@ def check_arguments(
     """Check the run's name, the checkpoint, and that a session can step these optimizers. Call it on every rank.
 
     Raises:
-        InvalidInputError: as the message says.
+        InvalidInputError: the first of these that does not hold; raised on every rank.
     """
     try:
         TypeAdapter(RunId).validate_python(run)

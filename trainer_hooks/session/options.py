@@ -1,4 +1,4 @@
-"""What a caller may choose about the optimizers' settings when the batch changes."""
+"""Coupling options: how optimizers' settings follow a batch change."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gns_controller.core.errors import CouplingError
 
 @dataclass(frozen=True, kw_only=True)
 class CouplingOptions:
-    """What a batch change does to learning rates and to the averages of optimizers.
+    """Rules by which a batch change moves learning rates and the averages of optimizers.
 
     Raises:
-        CouplingError: there is no such coupling.
+        CouplingError: a coupling does not exist.
     """
 
     learning_rate: LearningRateCoupling | Mapping[str, LearningRateCoupling] | None = None

@@ -40,7 +40,7 @@ class GradientScaler(Protocol):
 
 
 class MicroBatch(NamedTuple):
-    """What one rank trains in one backward pass."""
+    """The samples of one rank in one backward pass."""
 
     indices: Sequence[int]
     """Positions of its samples in the data set."""
