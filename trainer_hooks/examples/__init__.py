@@ -1,1 +1,1 @@
-"""Runnable jobs."""
+"""Training jobs that run as they are and are meant to be copied from."""

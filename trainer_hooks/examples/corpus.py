@@ -1,6 +1,7 @@
-"""Real text that every machine with Python has: the bytes of the standard library's source files.
+"""A text corpus that comes with Python: the bytes of the standard library's source files.
 
-Deterministic for one Python patch version: files in order of name, split by the hash of each file, one sha256 of all.
+It is the same for every installation of one Python patch version: files are read in order of name, the hash of its
+content puts a file into the training or the validation part, and one sha256 identifies the whole.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gns_controller.core.errors import InvalidInputError
+from trainer_hooks import InvalidInputError
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 _VALIDATION_SHARE = 0.11
 
 
 class Corpus(NamedTuple):
-    """Byte strings as (n,) uint8 tensors."""
+    """Training and validation text as (n,) uint8 tensors, and the sha256 of all files."""
 
     train: Tensor
     validation: Tensor
@@ -29,10 +30,10 @@ class Corpus(NamedTuple):
 
 
 def read_standard_library(root: Path | None = None) -> Corpus:
-    """Every .py file of the standard library but its tests.
+    """Read every .py file under a folder, tests left out. Default: the standard library.
 
     Raises:
-        InvalidInputError: no source files there.
+        InvalidInputError: the folder holds no source files.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     files = sorted(path for path in root.rglob("*.py") if not _LEFT_OUT.intersection(path.relative_to(root).parts))
@@ -50,9 +51,9 @@ def read_standard_library(root: Path | None = None) -> Corpus:
 
 
 class ByteSequences:
-    """Non-overlapping windows of `context` bytes and the byte that follows each position.
+    """Data set of non-overlapping windows: `context` bytes, and one more as the last target.
 
-    Sample: (context + 1,) uint8. `__getitems__` gives a whole micro-batch at once: (n, context + 1).
+    A sample is (context + 1,) uint8. `__getitems__` returns a whole micro-batch at once: (n, context + 1).
     """
 
     def __init__(self, data: Tensor, *, context: int) -> None:
@@ -68,5 +69,5 @@ class ByteSequences:
         return self._windows[index]
 
     def __getitems__(self, indices: list[int]) -> Tensor:
-        """(n, context + 1) uint8."""
+        """Return the windows of these indices as (n, context + 1) uint8."""
         return self._windows[torch.as_tensor(indices)]

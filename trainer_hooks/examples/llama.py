@@ -1,4 +1,4 @@
-"""A small Llama-style decoder: RMSNorm, rotary positions, SwiGLU, no biases.
+"""A small Llama-style decoder with RMSNorm, rotary positions and SwiGLU, without biases.
 
 B = sequences, T = positions, D = model width, H = heads, K = head width, F = feed-forward width, V = vocabulary.
 """
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes."""
+    """Sizes of the decoder and of its context."""
 
     vocabulary_size: int = 256
     width: int = 32
@@ -25,7 +25,7 @@ class LlamaConfig:
 
     @property
     def feed_forward_width(self) -> int:
-        """8/3 of the width, up to a multiple of 8."""
+        """8/3 of the width, rounded up to a multiple of 8."""
         return -(-8 * self.width // 3 // 8) * 8
 
 
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """Map (B, T, D) to (B, T, D)."""
         B, T, D = x_BTD.shape
         q, k, v = (
             layer(x_BTD).view(B, T, self.num_heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
@@ -53,7 +53,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU."""
+    """Feed-forward layer with SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.feed_forward_width, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """Map (B, T, D) to (B, T, D)."""
         out: Tensor = self.down(functional.silu(self.gate(x_BTD)) * self.up(x_BTD))
         return out
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and beside a residual."""
+    """Attention and feed-forward layer, each after a norm and with a residual connection."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -78,14 +78,14 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """Map (B, T, D) to (B, T, D)."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TK, sin_TK)
         out: Tensor = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
         return out
 
 
 class Llama(nn.Module):
-    """Decoder with untied embedding and head."""
+    """Decoder whose embedding and head are two matrices."""
 
     cos_TK: Tensor
     sin_TK: Tensor
@@ -107,7 +107,7 @@ class Llama(nn.Module):
                 nn.init.normal_(parameter, std=depth * parameter.shape[1] ** -0.5)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """(B, T) integers -> (B, T, V) logits."""
+        """Map (B, T) byte values to (B, T, V) logits."""
         x_BTD = self.embedding(tokens_BT)
         for block in self.blocks:
             x_BTD = block(x_BTD, self.cos_TK, self.sin_TK)
@@ -116,13 +116,13 @@ class Llama(nn.Module):
 
 
 def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotary position embedding, halves paired."""
+    """Return the input with rotary position embedding: entry k is paired with entry k + K/2."""
     first, second = x_BHTK.chunk(2, dim=-1)
     return x_BHTK * cos_TK + torch.cat([-second, first], dim=-1) * sin_TK
 
 
 def next_token_loss(model: Callable[[Tensor], Tensor], windows: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per byte of (B, T + 1) windows."""
+    """Return the mean cross-entropy, in nats per byte, of (B, T + 1) windows."""
     tokens = windows.long()
     logits_BTV = model(tokens[:, :-1])
     return functional.cross_entropy(logits_BTV.flatten(0, 1), tokens[:, 1:].flatten())

@@ -1,4 +1,4 @@
-"""The example job's command line."""
+"""Command line of the example job."""
 
 from __future__ import annotations
 
@@ -7,21 +7,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from gns_controller.core.batch_arithmetic import BetaCoupling, LearningRateCoupling
+from trainer_hooks import BetaCoupling, LearningRateCoupling
 
 DEFAULT_LEARNING_RATES = {"muon": 0.016, "adamw": 0.008, "signum": 0.001}
-"""Tuned at batch 16 on the demo's model and budget."""
+"""Base learning rates by optimizer, tuned at batch 16 on the demo's model and budget."""
 
 BY_OPTIMIZER = "by-optimizer"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line, with help that names unit, effect and default."""
+    """Parse the command line. Options that contradict each other end the program with status 2."""
     parser = argparse.ArgumentParser(
         prog="torchrun --nproc-per-node 2 -m trainer_hooks.examples.train_lm",
         description="Train a byte-level Llama on the standard library's source text and follow a batch plan.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    _add_run_options(parser)
+    _add_measurement_options(parser)
+    _add_model_options(parser)
+    _add_evaluation_options(parser)
+    _add_checkpoint_options(parser)
+    options = parser.parse_args(arguments)
+    _check(parser, options)
+    return options
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--run-id", default="train-lm", help="name of the run")
     add("--controller", default=None, help="URL of the controller; without it the policy runs in this process")
@@ -32,6 +43,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--micro-batch-size", type=int, default=64, help="most samples per rank per backward pass")
     add("--budget-samples", type=int, default=144_000, help="samples after which training ends")
     add("--policy", default='{"policy": "hold"}', help="policy as JSON, or the path of a JSON or TOML file")
+
+
+def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--measurement-interval-steps", type=int, default=None, help="optimizer steps between measurements")
     add("--measurement-interval-samples", type=int, default=None, help="samples between measurements; default 400")
     add(
@@ -55,6 +70,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default="none",
         help="half_life: the optimizers' averages forget per sample, not per step",
     )
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--width", type=int, default=32, help="model width")
     add("--layers", type=int, default=2, help="decoder blocks")
     add("--heads", type=int, default=4, help="attention heads")
@@ -65,11 +84,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--compile", action="store_true", help="torch.compile the model")
     add("--fully-shard", action="store_true", help="FSDP2 instead of DDP; no checkpoints")
     add("--shadow", action="store_true", help="report and record decisions, change nothing")
+
+
+def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--evaluations", type=int, default=40, help="validation points over the run")
     add("--evaluate-at-samples", type=sample_counts, default=None, help="validation points, instead of --evaluations")
     add("--validation-samples", type=int, default=1024, help="fixed windows behind each validation loss")
     add("--corpus", type=Path, default=None, help="folder of .py files; default: the standard library")
     add("--output", type=Path, default=None, help="JSON-lines file with losses and decisions, written by rank 0")
+
+
+def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--checkpoint",
         type=Path,
@@ -110,7 +137,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=0.0,
         help="sleep per step, to imitate a larger model",
     )
-    options = parser.parse_args(arguments)
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.measurement_interval_steps and options.measurement_interval_samples:
         parser.error("give --measurement-interval-steps or --measurement-interval-samples, not both.")
     if options.momentum is not None and options.optimizer == "adamw":
@@ -123,11 +152,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--save-at-samples needs --checkpoint, beside which it writes.")
     if options.resume_batch_size and not options.resume_from:
         parser.error("--resume-batch-size needs --resume-from.")
-    return options
 
 
 def sample_counts(text: str) -> list[int]:
-    """From "4800,12000", in ascending order."""
+    """Parse sample counts like "4800,12000", and return them in ascending order."""
     counts = sorted({int(part) for part in text.split(",")})
     if counts[0] < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: sample counts begin at 1.")
@@ -135,6 +163,6 @@ def sample_counts(text: str) -> list[int]:
 
 
 def coupling_of(options: argparse.Namespace) -> LearningRateCoupling | None:
-    """As attach takes it."""
+    """Return --coupling in the form that attach takes: None for the rule of each optimizer's class."""
     rule: LearningRateCoupling = options.coupling
     return None if options.coupling == BY_OPTIMIZER else rule

@@ -24,24 +24,31 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from gns_controller.core.batch_arithmetic import BatchRules
-from gns_controller.core.contract import Decision
-from gns_controller.core.errors import GnsError, InvalidInputError
-from trainer_hooks import AdaptiveBatch, ConnectionOptions, CouplingOptions, MeasurementOptions, Span, warmup_cosine
-from trainer_hooks.examples.checkpoints import described, read_checkpoint, settings_of, with_batch, write_checkpoint
+from trainer_hooks import (
+    AdaptiveBatch,
+    ConnectionOptions,
+    CouplingOptions,
+    Decision,
+    GnsError,
+    InvalidInputError,
+    MeasurementOptions,
+    Span,
+    Step,
+    branch_state,
+    warmup_cosine,
+)
+from trainer_hooks.examples.checkpoints import described, read_checkpoint, settings_of, write_checkpoint
 from trainer_hooks.examples.corpus import ByteSequences, read_standard_library
 from trainer_hooks.examples.llama import Llama, LlamaConfig, next_token_loss
 from trainer_hooks.examples.options import DEFAULT_LEARNING_RATES, coupling_of, parse_arguments
 from trainer_hooks.kernels import NEWTON_SCHULZ_5
 from trainer_hooks.optim import Muon, Signum
-from trainer_hooks.session.optimizer_coupling import find_couplings
-from trainer_hooks.session.step import Step
 
 
 def build_optimizers(
     model: nn.Module, name: str, learning_rate: float, momentum: float | None = None
 ) -> list[torch.optim.Optimizer]:
-    """Muon on the blocks' matrices and AdamW on the rest; or one optimizer for all."""
+    """Return Muon for the blocks' matrices and AdamW for the rest, or one optimizer for all parameters."""
     if name == "signum":
         return [Signum(model.parameters(), lr=learning_rate, momentum=0.9 if momentum is None else momentum)]
     if name == "adamw":
@@ -65,16 +72,20 @@ class Job:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.coupling = CouplingOptions(learning_rate=coupling_of(options), betas=options.beta_coupling)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
+
+        # Data: the same corpus on every rank; each rank validates on its own share of the windows.
         corpus = read_standard_library(options.corpus)
         self.train = ByteSequences(corpus.train, context=options.context)
         validation = ByteSequences(corpus.validation, context=options.context)
         count = min(options.validation_samples, len(validation))
-        # Evenly spread over the files, each rank its own share.
-        chosen = torch.linspace(0, len(validation) - 1, count).long()[self.rank :: self.world_size]
-        self.validation = validation.__getitems__(chosen.tolist()).to(self.device)
+        windows = torch.linspace(0, len(validation) - 1, count).long()[self.rank :: self.world_size]
+        self.validation = validation.__getitems__(windows.tolist()).to(self.device)
+
+        # Model: sharded before the optimizers are built, wrapped in DDP after.
         torch.manual_seed(options.seed)
         config = LlamaConfig(
             width=options.width, num_layers=options.layers, num_heads=options.heads, context=options.context
@@ -95,13 +106,15 @@ class Job:
             model = DistributedDataParallel(model)
         self.model = torch.compile(model) if options.compile else model
         self.ddp_model = model
+
+        # Session: from the checkpoint, if there is one.
         self.started_at = time.perf_counter()
         self.training_seconds = 0.0
-        goes_on = options.checkpoint is not None and options.checkpoint.exists()
+        is_resumed = options.checkpoint is not None and options.checkpoint.exists()
         checkpoint = self._find_checkpoint()
         self.output = None
         if options.output and self.rank == 0:
-            self.output = options.output.open("a" if goes_on else "w")
+            self.output = options.output.open("a" if is_resumed else "w")
         self.session = self._attach(checkpoint)
         self.record(
             "start",
@@ -116,11 +129,13 @@ class Job:
 
     def _attach(self, checkpoint: dict[str, Any] | None) -> AdaptiveBatch:
         options = self.options
+        # Without an interval and a budget, a measurement every 400 samples.
         interval: Span | None = None
         if options.measurement_interval_steps:
             interval = Span(steps=options.measurement_interval_steps)
         elif options.measurement_interval_samples or options.measurement_budget is None:
             interval = Span(samples=options.measurement_interval_samples or 400)
+        # Model and optimizers are loaded first: attach notifies optimizers of a batch that had to be cut.
         if checkpoint:
             self.plain_model.load_state_dict(checkpoint["model"])
             for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
@@ -141,7 +156,7 @@ class Job:
                 estimators=options.estimators.split(",") if options.estimators else None,
                 min_sample_groups=options.min_sample_groups,
             ),
-            coupling=CouplingOptions(learning_rate=coupling_of(options), betas=options.beta_coupling),
+            coupling=self.coupling,
             connection=ConnectionOptions(spool_directory=options.spool_directory, on_decision=self._record_decision),
             learning_rate_schedule=warmup_cosine(
                 budget_samples=options.budget_samples, warmup_samples=max(int(0.15 * options.budget_samples), 1)
@@ -155,14 +170,16 @@ class Job:
 
     def run(self) -> None:
         """Train to the end of the budget."""
+        # Points of the run, in samples, at which something happens once.
         options, session = self.options, self.session
         every = options.budget_samples / max(options.evaluations, 1)
         evaluations = options.evaluate_at_samples or [every * (n + 1) for n in range(max(options.evaluations, 1))]
-        evaluate_at = Due(evaluations, after=session.samples_seen)
-        save_at = Due(options.save_at_samples or [], after=session.samples_seen)
+        evaluate_at = SamplePoints(evaluations, after=session.samples_seen)
+        save_at = SamplePoints(options.save_at_samples or [], after=session.samples_seen)
         train_loss: float | None = None
         with progress_line(session, enabled=self.rank == 0 and sys.stderr.isatty()) as show:
             for step in self._steps():
+                # One optimizer step. Validation and checkpoints are left out of the training time.
                 is_measured = session.is_measured
                 began = time.perf_counter()
                 for windows in step:
@@ -172,6 +189,8 @@ class Job:
                 if options.pace_seconds:
                     time.sleep(options.pace_seconds)
                 self.training_seconds += time.perf_counter() - began
+
+                # Records, validation and checkpoints of the step that ended.
                 if is_measured and options.record_readings:
                     self._record_readings()
                 ended = session.samples_seen + session.data_parallel.size > options.budget_samples or self._is_stopped
@@ -181,8 +200,8 @@ class Job:
                 if options.checkpoint_steps and session.optimizer_step % options.checkpoint_steps == 0:
                     self._save_checkpoint(options.checkpoint)
                 for samples in save_at.reached(session.samples_seen):
-                    kept = options.checkpoint
-                    self._save_checkpoint(kept.with_name(f"{kept.stem}-{samples}{kept.suffix}"))
+                    path = options.checkpoint
+                    self._save_checkpoint(path.with_name(f"{path.stem}-{samples}{path.suffix}"))
                 show(train_loss)
         self._save_checkpoint(options.checkpoint)
         self.record(
@@ -200,7 +219,7 @@ class Job:
         return stop is not None and self.session.samples_seen >= stop
 
     def _steps(self) -> Iterator[Step]:
-        """Those of the session, to the end of the budget or to --stop-at-samples."""
+        """Yield the session's steps up to the end of the budget or to --stop-at-samples. Every rank."""
         if not self._is_stopped:
             for step in self.session.steps(self.train, collate_fn=as_batch, seed=self.options.seed):
                 yield step
@@ -209,6 +228,7 @@ class Job:
         self.session.report_progress()
 
     def _evaluate(self, train_loss: float) -> None:
+        """Record the validation loss over all ranks. Every rank: the sum below is a collective."""
         with torch.no_grad():
             loss = next_token_loss(self.plain_model, self.validation).double()
         weighted = torch.stack([loss * len(self.validation), torch.tensor(float(len(self.validation))).to(loss)])
@@ -239,7 +259,7 @@ class Job:
         )
 
     def record(self, kind: str, **fields: Any) -> None:
-        """One line of the output file; one printed line for what a person wants to see."""
+        """Write one line to the output file; print the first and the last line of a run."""
         if self.output is not None:
             self.output.write(json.dumps({"kind": kind, **fields}) + "\n")
             self.output.flush()
@@ -247,7 +267,7 @@ class Job:
             print(f"{kind}: " + " ".join(f"{name}={value}" for name, value in fields.items()), flush=True)
 
     def _find_checkpoint(self) -> dict[str, Any] | None:
-        """My own, if an earlier incarnation of this job left one; else what to start from."""
+        """Return this job's own checkpoint, if an earlier incarnation left one; else that of --resume-from."""
         options = self.options
         if options.checkpoint is not None and options.checkpoint.exists():
             return read_checkpoint(options.checkpoint, device=self.device)
@@ -255,63 +275,61 @@ class Job:
             return None
         checkpoint = read_checkpoint(options.resume_from, device=self.device)
         if options.resume_batch_size:
-            coupling, optimizer_couplings = find_couplings(coupling_of(options), self.optimizers)
-            rules = BatchRules(
-                global_batch_size=options.batch_size,
+            checkpoint["session"] = branch_state(
+                checkpoint["session"],
+                self.optimizers,
+                global_batch_size=options.resume_batch_size,
+                initial_batch_size=options.batch_size,
                 micro_batch_size=options.micro_batch_size,
-                learning_rate_coupling=coupling,
-                optimizer_couplings=optimizer_couplings,
-                beta_coupling=options.beta_coupling,
-            )
-            checkpoint["session"] = with_batch(
-                checkpoint["session"], options.resume_batch_size, rules=rules, data_parallel_size=self.world_size
+                data_parallel_size=self.world_size,
+                coupling=self.coupling,
             )
         return checkpoint
 
     def _save_checkpoint(self, path: Path | None) -> None:
         if path is None:
             return
-        state = self.session.state_dict()
+        state = self.session.state_dict()  # every rank: it contains a collective
         if self.rank == 0:
             job = {**settings_of(self.options), "learning_rate": self.learning_rate, "num_ranks": self.world_size}
             optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
             write_checkpoint(path, model=self.plain_model.state_dict(), optimizers=optimizers, session=state, job=job)
 
     def close(self) -> None:
-        """Flush what is left for the controller."""
+        """Send the reports that are left, and close the output file."""
         self.session.close()
         if self.output is not None:
             self.output.close()
 
 
-class Due:
-    """Sample counts at which something is due once.
+class SamplePoints:
+    """Points of a run, in samples, each of which is reached once.
 
     Args:
         points: in ascending order.
-        after: of a resumed run: points up to here are left out.
+        after: samples seen when the run is resumed; points up to here are left out.
     """
 
     def __init__(self, points: Sequence[float], *, after: int) -> None:
         self._left = [point for point in points if point > after]
 
     def reached(self, samples_seen: int) -> list[float]:
-        """Points that were passed since the last call."""
+        """Return the points that were passed since the last call."""
         passed = [point for point in self._left if point <= samples_seen]
         self._left = self._left[len(passed) :]
         return passed
 
 
 def as_batch(samples: Any) -> Tensor:
-    """`ByteSequences.__getitems__` gives whole micro-batches already."""
+    """Return the samples as they are: `ByteSequences.__getitems__` makes whole micro-batches already."""
     batch: Tensor = samples
     return batch
 
 
 @contextlib.contextmanager
 def progress_line(session: AdaptiveBatch, *, enabled: bool) -> Iterator[Any]:
-    """A line on the terminal: share of the budget, batch, loss, time left."""
-    began, begun_at, shown_at = time.perf_counter(), session.samples_seen, 0.0
+    """Show a line on the terminal: share of the budget, batch, loss, time left."""
+    started_at, first_sample, shown_at = time.perf_counter(), session.samples_seen, 0.0
     budget = session.specification.budget_samples
 
     def show(loss: float | None) -> None:
@@ -320,12 +338,12 @@ def progress_line(session: AdaptiveBatch, *, enabled: bool) -> Iterator[Any]:
         if not enabled or now - shown_at < 0.2:
             return
         shown_at = now
-        done = session.samples_seen - begun_at
-        left = (budget - session.samples_seen) * (now - began) / max(done, 1)
+        done = session.samples_seen - first_sample
+        seconds_left = (budget - session.samples_seen) * (now - started_at) / max(done, 1)
         text = "" if loss is None else f"  loss {loss:.3f}"
         sys.stderr.write(
             f"\r{session.samples_seen / budget:6.1%}  step {session.optimizer_step}"
-            f"  batch {session.plan.global_batch_size}{text}  {left:5.0f} s left   "
+            f"  batch {session.plan.global_batch_size}{text}  {seconds_left:5.0f} s left   "
         )
         sys.stderr.flush()
 
@@ -337,7 +355,7 @@ def progress_line(session: AdaptiveBatch, *, enabled: bool) -> Iterator[Any]:
 
 
 def describe(path: Path) -> int:
-    """Print what a checkpoint is of; exit status as of `main`."""
+    """Print a checkpoint's position and settings as JSON, and return the exit status as `main` does."""
     try:
         print(json.dumps(described(read_checkpoint(path), path)))
     except (GnsError, OSError) as error:
@@ -347,10 +365,12 @@ def describe(path: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0; 2 for a request that cannot be served, said in one sentence by rank 0."""
+    """Run the job and return its exit status: 0; 2 for a request that cannot be served; 130 after Ctrl-C."""
     options = parse_arguments(arguments)
     if options.describe_checkpoint:
         return describe(options.describe_checkpoint)
+
+    # Logging, threads, process group.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per request would drown ours
     share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -359,6 +379,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+    # Expected failures become one sentence; defects keep their traceback.
     try:
         job = Job(options)
         try:
