@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Batch-size plans for training runs, from measured gradient noise scales.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -43,8 +42,26 @@ DatabaseUrl = Annotated[
 
 
 def main() -> None:
-    """Console script."""
+    """Run the command line with the arguments of this process."""
     app()
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        print(f"gns-controller {version('gns-controller')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all_commands(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
 
 
 @app.command()
