@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,23 @@ def test_the_lines_to_attach_train_a_model_to_the_end_of_its_budget(monkeypatch:
 
 
 def test_every_link_of_the_documentation_leads_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
             if "://" not in target and not target.startswith("mailto:"):
                 assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_every_link_of_the_readme_is_absolute_in_the_package_and_leads_to_a_file_of_the_repository() -> None:
+    text = (ROOT / "README.md").read_text()
+    relative = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    hook = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
+    for substitution in hook["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(substitution["pattern"], substitution["replacement"], text)
+    absolute = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "gns-controller/gns-controller" in target]
+    assert len(absolute) == len(relative) > 10
+    for before, after in zip(relative, absolute, strict=True):
+        assert re.fullmatch(r"https://[^/]+/gns-controller/gns-controller/(blob/)?main/" + re.escape(before), after)
+        assert ("raw.githubusercontent.com" in after) == before.endswith(".png")
 
 
 def test_the_table_of_the_readme_is_that_of_the_evidence() -> None:
