@@ -52,7 +52,7 @@ def _help() -> str:
         "Only the core is installed. Commands, by what they need:",
     ]
     for extra, commands in COMMANDS_BY_EXTRA.items():
-        lines.append(f"  pip install 'gns-controller[{extra}]'".ljust(43) + ", ".join(commands))
+        lines.append(f"  pip install 'gns-controller[{extra}]'".ljust(41) + ", ".join(commands))
     return "\n".join(lines)
 
 

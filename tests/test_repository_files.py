@@ -101,3 +101,16 @@ def test_hooks_before_a_commit_run_the_commands_of_make_check() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     checks = set(re.findall(r"^\t\$\(BIN\)/((?:ruff|mypy).*)$", makefile, re.MULTILINE))
     assert programs == {check.removesuffix(" .").removesuffix(" --check") for check in checks}
+
+
+# ---------------------------------------------------------------- changelog
+
+
+def test_the_changelog_has_dated_versions_and_the_groups_of_its_form() -> None:
+    text = (ROOT / "docs" / "changelog.md").read_text(encoding="utf-8")
+    unreleased, *released = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert unreleased == "Unreleased"
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", version) for version in released)
+    groups = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    assert set(groups) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert f"will be {PROJECT['version']}" in text or f"## {PROJECT['version']} - " in text
