@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+from gns_controller.__main__ import COMMANDS_BY_EXTRA
+from tests.gns_controller.running_service import Service, registration, report
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,3 +70,44 @@ def test_the_table_of_the_readme_is_that_of_the_evidence() -> None:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         recorded = [cell.strip() for cell in measured[method].strip("|").split("|")]
         assert set(cells) <= set(recorded), method
+
+
+def test_every_command_and_address_of_the_readme_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    made = set(re.findall(r"\bmake ([a-z-]+)", text))
+    assert made == {"demo", "test", "serve"}
+    assert made <= set(targets)
+    installed = set(re.findall(r"pip install '[\w.-]+\[(\w+)\]'", text))
+    assert installed == {"trainer", "service"}
+    assert installed <= set(project["optional-dependencies"])
+    commands = {command for group in COMMANDS_BY_EXTRA.values() for command in group}
+    called = set(re.findall(r"&& gns-controller ([a-z-]+)", text))
+    assert called == {"serve"}
+    assert called <= commands
+    assert not any(word.startswith("-") and word != "-s" for word in re.findall(r"curl (\S+)", text))
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    running = Service(f"sqlite:///{tmp_path}/gns.db")
+    yield running
+    running.close()
+
+
+def test_every_question_of_the_readme_has_an_answer_of_the_shown_form(service: Service) -> None:
+    text = (ROOT / "README.md").read_text()
+    name = re.findall(r"/runs/([\w-]+)/", text)[0]
+    service.client.put(f"/api/v1/runs/{name}", json=registration())
+    service.client.post(f"/api/v1/runs/{name}/measurements", json={"measurements": [report(1, run_id=name)]})
+    addresses = re.findall(r"curl -s '?http://127\.0\.0\.1:8000([^\s']+)", text)
+    assert len(addresses) == 3
+    decisions, schedule, metrics = (service.client.get(address) for address in addresses)
+    for item in decisions.json()["items"]:
+        assert {"plan", "previous_batch_size", "explanation"} <= set(item["decision"])
+    assert len(decisions.json()["items"]) == 1
+    shown = json.loads(re.findall(r"^(\{.*\})$", text, flags=re.MULTILINE)[0])
+    assert set(schedule.json()["savings"]) == set(shown)
+    for metric in re.findall(r"^(gns_\w+)\{", text, flags=re.MULTILINE):
+        assert f"# TYPE {metric} " in metrics.text
