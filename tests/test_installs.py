@@ -207,19 +207,19 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
 
 
 def _project_files() -> list[str]:
-    """Files under version control or new beside them; in an unpacked sdist, which has no history, all of them."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if listed.returncode == 0:
-        return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
-    return [
-        str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file() and "__pycache__" not in path.parts
-    ]
+    """Files under version control, and new ones in their folders; in an unpacked sdist, which has no history, all."""
+    tracked = _git_files("--cached")
+    if not tracked:
+        files = (path for path in ROOT.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+        return [str(path.relative_to(ROOT)) for path in files]
+    folders = {name.split("/")[0] for name in tracked if "/" in name}
+    new = [name for name in _git_files("--others", "--exclude-standard") if name.split("/")[0] in folders]
+    return [name for name in (*tracked, *new) if (ROOT / name).is_file()]
+
+
+def _git_files(*options: str) -> list[str]:
+    command = ["git", "ls-files", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.splitlines()
 
 
 class Environment:

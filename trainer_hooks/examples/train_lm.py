@@ -231,6 +231,7 @@ class Job:
         """Record the validation loss over all ranks. Every rank: the sum below is a collective."""
         with torch.no_grad():
             loss = next_token_loss(self.plain_model, self.validation).double()
+        # (2,) float64: sum of the losses of this rank's windows, and their number.
         weighted = torch.stack([loss * len(self.validation), torch.tensor(float(len(self.validation))).to(loss)])
         if self.world_size > 1:
             dist.all_reduce(weighted)
@@ -388,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             job.close()
         if dist.is_initialized():
-            dist.barrier()
+            dist.barrier()  # every rank comes here, or torchrun ends them all: none leaves while others are at work
     except (GnsError, ValidationError, OSError) as error:
         print(f"train_lm: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         return 2
