@@ -6,7 +6,6 @@ torchrun --nproc-per-node 2 -m trainer_hooks.examples.train_lm --help
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import os
@@ -41,6 +40,7 @@ from trainer_hooks.examples.checkpoints import described, read_checkpoint, setti
 from trainer_hooks.examples.corpus import ByteSequences, read_standard_library
 from trainer_hooks.examples.llama import Llama, LlamaConfig, next_token_loss
 from trainer_hooks.examples.options import DEFAULT_LEARNING_RATES, coupling_of, parse_arguments
+from trainer_hooks.examples.progress_line import progress_line
 from trainer_hooks.kernels import NEWTON_SCHULZ_5
 from trainer_hooks.optim import Muon, Signum
 
@@ -325,34 +325,6 @@ def as_batch(samples: Any) -> Tensor:
     """Return the samples as they are: `ByteSequences.__getitems__` makes whole micro-batches already."""
     batch: Tensor = samples
     return batch
-
-
-@contextlib.contextmanager
-def progress_line(session: AdaptiveBatch, *, enabled: bool) -> Iterator[Any]:
-    """Show a line on the terminal: share of the budget, batch, loss, time left."""
-    started_at, first_sample, shown_at = time.perf_counter(), session.samples_seen, 0.0
-    budget = session.specification.budget_samples
-
-    def show(loss: float | None) -> None:
-        nonlocal shown_at
-        now = time.perf_counter()
-        if not enabled or now - shown_at < 0.2:
-            return
-        shown_at = now
-        done = session.samples_seen - first_sample
-        seconds_left = (budget - session.samples_seen) * (now - started_at) / max(done, 1)
-        text = "" if loss is None else f"  loss {loss:.3f}"
-        sys.stderr.write(
-            f"\r{session.samples_seen / budget:6.1%}  step {session.optimizer_step}"
-            f"  batch {session.plan.global_batch_size}{text}  {seconds_left:5.0f} s left   "
-        )
-        sys.stderr.flush()
-
-    try:
-        yield show
-    finally:
-        if enabled:
-            sys.stderr.write("\n")
 
 
 def describe(path: Path) -> int:
