@@ -136,8 +136,8 @@ def sources() -> str:
     """Digest of what a run depends on besides its settings."""
     digest = hashlib.sha256()
     package = Path(trainer_hooks.__file__).parent
-    rooms = ("optim", "kernels", "batching", "examples")
-    for path in [Path(__file__), *(found for room in rooms for found in sorted((package / room).glob("*.py")))]:
+    rooms = ("optim", "kernels", "data", "examples")
+    for path in [Path(__file__), *(found for room in rooms for found in sorted((package / room).rglob("*.py")))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

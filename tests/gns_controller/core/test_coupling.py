@@ -152,7 +152,7 @@ def test_optimizers_get_the_rule_that_is_sound_for_them() -> None:
     ("name", "because"), [("LBFGS", "curvature"), ("Adagrad", "never forgets"), ("Sophia", "no optimizer of that name")]
 )
 def test_optimizers_without_a_sound_rule_are_refused_with_the_way_out(name: str, because: str) -> None:
-    with pytest.raises(CouplingError, match=f"{name}.*{because}.*learning_rate_coupling='none'"):
+    with pytest.raises(CouplingError, match=f"{name}.*{because}.*CouplingOptions.learning_rate='none'"):
         default_couplings(["AdamW", name])
 
 
