@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 import trainer_hooks
 
@@ -90,17 +89,3 @@ def test_every_policy_and_its_parts_come_from_the_face() -> None:
     policies = importlib.import_module("gns_controller.core.policies")
     configs = {name for name in policies.__all__ if name.endswith("PolicyConfig") and name != "AnyPolicyConfig"}
     assert configs <= set(trainer_hooks.__all__)
-
-
-def test_the_guide_to_attach_runs_as_it_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    try:
-        for block in python_blocks(ROOT / "docs" / "guide" / "attach.md"):
-            exec(compile(block, "attach.md", "exec"), names)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    session = names["session"]
-    assert isinstance(session, trainer_hooks.AdaptiveBatch)
-    assert session.samples_seen == 800

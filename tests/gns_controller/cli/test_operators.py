@@ -106,9 +106,9 @@ def test_an_operator_changes_fields_and_whole_policies(server: Server) -> None:
 
 
 def test_null_is_null_in_a_file_and_the_default_in_a_change(server: Server) -> None:
-    """The published rule as docs/reference/policies.md prints it."""
+    """The published rule as docs/reference/closed-loop-policies.md prints it."""
     register(server)
-    page = (Path(__file__).parents[3] / "docs/reference/policies.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/reference/closed-loop-policies.md").read_text()
     [printed] = re.findall(r'```json\n(.*"growth_cap": null.*)\n```', page)
     code, output, errors = cli(server, "run", "policy", "run", "--file", printed, "--json")
     assert (code, errors) == (0, "")

@@ -16,7 +16,7 @@ def replace(service: Service, document: Any, *, revision: int | str = "*", **opt
 
 
 def test_a_whole_policy_takes_the_place_of_the_one_before_and_null_in_it_is_null(service: Service) -> None:
-    """The published rule as docs/reference/policies.md prints it: without a cap, where the default is one of 4."""
+    """The published rule as closed-loop-policies.md prints it: without a cap, where the default is one of 4."""
     published = {"policy": "noise_scale", "estimator": "rank_variance", "growth_cap": None, "act_on_unresolved": True}
     service.register()
     change(service, {"deadband": 0.3, "dwell": {"steps": 5}})
