@@ -22,7 +22,7 @@ INDEX = DOCS / "README.md"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted((ROOT / ".github").rglob("*.md"))]
 GUIDES = sorted((DOCS / "guide").glob("*.md"))
 READING = [*GUIDES, *sorted((DOCS / "reference").glob("*.md"))]
-"""Pages of guide and reference, which one sitting is enough for."""
+"""Pages of guide and reference, each short enough for one sitting."""
 
 MOST_LINES, MOST_COLUMNS = 250, 120
 
