@@ -26,7 +26,7 @@ from gns_controller.core.policies.state_update import followed_readings
 from gns_controller.core.replay import Event, ReplayReport, Resumed, compare
 from gns_controller.core.runs import RecordedEvent, RunSpecification
 from gns_controller.recordings import Format, ImportDefaults, Recording, read_recording
-from gns_controller.service.operators import replay_event
+from gns_controller.service.log_replay import replay_event
 
 _CONTROL: TypeAdapter[RecordedEvent] = TypeAdapter(RecordedEvent)
 _BETAS = ("noise_beta", "signal_beta")
@@ -51,8 +51,8 @@ class Replayed(NamedTuple):
 
     report: ReplayReport
     notes: list[str]
-    num_words: int = 0
-    """Of operators, before the last measurement; 0 where another policy was asked."""
+    num_commands: int = 0
+    """Operator commands before the last measurement; 0 where another policy was replayed."""
 
 
 def is_recording(name: str) -> bool:
@@ -154,7 +154,7 @@ def replay_recording(
             "this policy leads to a plan that cannot be written down: the recording's counts are too large for it, or "
             "its numbers are extreme."
         ) from None
-    return Replayed(report, notes, 0 if asked else _num_words(recording))
+    return Replayed(report, notes, 0 if asked else _num_commands(recording))
 
 
 def events_of(recording: Recording) -> Iterator[Event]:
@@ -188,13 +188,13 @@ def unread(report: ReplayReport) -> str | None:
     )
 
 
-def table_of(report: ReplayReport, *, compared: bool = True, num_words: int = 0) -> Iterator[str]:
+def table_of(report: ReplayReport, *, compared: bool = True, num_commands: int = 0) -> Iterator[str]:
     """The report for people: where a batch changes, then the sums.
 
     Args:
         report: what came out.
-        compared: say how many decisions are as recorded; of another policy nobody expects it.
-        num_words: of operators, in what ran.
+        compared: count the decisions that are as recorded; another policy is not expected to make any.
+        num_commands: operator commands in what ran.
     """
     yield f"{'samples':>14} {'happened':>9} {'replayed':>9}  reason"
     before: tuple[int, int] | None = None
@@ -205,8 +205,8 @@ def table_of(report: ReplayReport, *, compared: bool = True, num_words: int = 0)
         before = batches
     yield ""
     share = f" ({report.steps_saved / report.happened_steps:.1%})" if report.happened_steps else ""
-    words = f", as it ran, {num_words} word{'s' * (num_words > 1)} of operators" if num_words else ""
-    yield f"{report.samples} samples, policy {report.policy.policy}{words}"
+    commands = f", as it ran, {num_commands} operator command{'s' * (num_commands > 1)}" if num_commands else ""
+    yield f"{report.samples} samples, policy {report.policy.policy}{commands}"
     nothing = unread(report)
     saved = f", saved {report.steps_saved}{share}" if nothing is None else ""
     yield f"optimizer steps  happened {report.happened_steps}, replayed {report.replayed_steps}{saved}"
@@ -227,8 +227,8 @@ def _control(control: dict[str, Any]) -> Event:
         ) from None
 
 
-def _num_words(recording: Recording) -> int:
-    """Words of operators that some measurement was decided under."""
+def _num_commands(recording: Recording) -> int:
+    """Count the operator commands that some measurement was decided under."""
     placed = zip(recording.controls, recording.control_positions, strict=True)
     return sum(
         control.get("action") != "registered" and position < len(recording.measurements) for control, position in placed

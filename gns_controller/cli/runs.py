@@ -131,7 +131,7 @@ def run_override(
     token: Token = "",
     as_json: AsJson = False,
 ) -> None:
-    """Put a batch above a run's policy from the next measurement on, or give the word back to the policy."""
+    """Put a batch above a run's policy from the next measurement on, or release it to the policy."""
     if (pin is not None) + hold + release != 1:
         raise typer.BadParameter("give exactly one of --pin, --hold and --release.")
     with sentences():
@@ -352,7 +352,7 @@ def replay(
             num_groups=num_groups,
         )
         if is_recording(recording):
-            report, notes, num_words = replay_file(
+            report, notes, num_commands = replay_file(
                 recording,
                 format=format,
                 columns=_columns(columns),
@@ -365,7 +365,7 @@ def replay(
                 raise InvalidInputError(
                     f"{recording!r} is no file, so it names a run, and a run says itself what the options would say."
                 )
-            report, notes, num_words = replay_run(
+            report, notes, num_commands = replay_run(
                 recording, url=url, token=token, policy=asked, follow_trainer=follow_trainer
             )
         if as_json and (nothing := unread(report)):
@@ -375,7 +375,7 @@ def replay(
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
-        for line in table_of(report, compared=policy is None, num_words=num_words):
+        for line in table_of(report, compared=policy is None, num_commands=num_commands):
             print(line)
     if policy is None and follow_trainer is None and report.num_equal != report.num_compared:
         leave(EXIT_WRONG, "what ran is not repeated: another version of this program decided, or the log was changed.")

@@ -297,7 +297,7 @@ class BatchPlan(FrozenModel):
 
 
 class Override(FrozenModel):
-    """An operator's word above the policy, until it is released."""
+    """A batch that an operator has put above the policy, until it is released."""
 
     kind: Literal["pin", "hold"]
     """pin: this batch. hold: whatever batch is in force."""

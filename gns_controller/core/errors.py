@@ -14,7 +14,7 @@ GnsError
 │   │   └── UnknownAttemptError         the database was restored from before its registration
 │   ├── RunConflictError                the run exists with another specification
 │   ├── StaleAttemptError               a newer incarnation of the run has registered
-│   ├── RevisionConflictError           somebody else has changed the policy or the override meanwhile
+│   ├── RevisionConflictError           another command has changed the policy or the override
 │   ├── NoOverrideError                 there is nothing to release
 │   ├── ReplayTooLongError              more measurements than the service replays
 │   └── ReplayBusyError                 another replay is running: try again later
@@ -135,7 +135,7 @@ class StaleAttemptError(RunError):
 
 
 class RevisionConflictError(RunError):
-    """The operator spoke about another revision of the policy than the present one."""
+    """An operator command names another revision of the control than the present one."""
 
     def __init__(self, run_id: str, *, policy_revision: int) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""What a run is told to be, and what the REST API says about it."""
+"""A run as it is specified, who decides about it, and the views of it in the REST API."""
 
 from __future__ import annotations
 
@@ -37,7 +37,25 @@ RunState = Literal["registered", "running", "silent", "finished"]
 
 
 ControlAction = Literal["policy", "override", "release"]
-"""What an operator did."""
+"""The command of an operator: another policy, an override, or its release."""
+
+
+class Control(FrozenModel):
+    """What decides about a run: a policy, and the override that an operator may have put above it.
+
+    Immutable, so that a thread that reads one while another thread replaces it sees all of it or none of it.
+    """
+
+    policy: AnyPolicyConfig
+    policy_revision: Count
+    """Grows by one with every operator command."""
+    override: Override | None
+    """Above the policy until it is released."""
+
+    @classmethod
+    def initial(cls, policy: AnyPolicyConfig) -> Control:
+        """Return the control of a run that no operator has changed."""
+        return Control(policy=policy, policy_revision=0, override=None)
 
 
 class RunSpecification(FrozenModel):
@@ -96,15 +114,14 @@ class Registration(FrozenModel):
     measurement up to that step."""
 
 
-class RegistrationReply(FrozenModel):
+class RegistrationReply(Control):
     """What the controller answers to a registration."""
 
     run_id: RunId
     attempt: Count
     plan: BatchPlan
-    policy: AnyPolicyConfig
-    policy_revision: Count
     override: Override | None = None
+    """Above the policy until it is released."""
 
 
 class IngestReply(FrozenModel):
@@ -117,21 +134,20 @@ class IngestReply(FrozenModel):
     decision: Decision | None
     """The decision about the last measurement of this attempt."""
     policy_revision: Count
-    """Grows by one with every word of an operator."""
+    """Grows by one with every operator command."""
     policy: AnyPolicyConfig | None = None
-    """Where an operator has spoken: the policy now, so that the trainer's own fold follows it through an outage."""
+    """The policy in force, sent once an operator has changed something: the trainer's own fold follows it through an
+    outage. None: that of the specification."""
     override: Override | None = None
-    """What an operator has put above the policy."""
+    """Above the policy until it is released."""
 
 
-class RunView(FrozenModel):
+class RunView(Control):
     """One run as the list and the page show it."""
 
     run_id: RunId
     state: RunState
     specification: RunSpecification
-    policy: AnyPolicyConfig
-    policy_revision: Count
     attempt: Count
     optimizer_step: Count
     samples_seen: Count
@@ -141,27 +157,23 @@ class RunView(FrozenModel):
     num_measurements: Count
     registered_at: datetime
     last_report_at: datetime | None
-    override: Override | None
-    """What an operator has put above the policy."""
     savings: Savings | None
     """The run so far beside one that kept the batch of the start; None before the first measurement."""
     advised_data_parallel_size: PositiveCount
     """The most ranks that the present batch keeps busy with whole micro-batches."""
 
 
-class PolicyView(FrozenModel):
-    """Who decides about a run: GET /runs/{run_id}/policy, and the answer to every word of an operator."""
+class PolicyView(Control):
+    """What decides about a run: GET /runs/{run_id}/policy, and the answer to every operator command.
+
+    `policy_revision` is also the ETag.
+    """
 
     run_id: RunId
-    policy: AnyPolicyConfig
-    policy_revision: Count
-    """Grows by one with every word of an operator; also the ETag."""
-    override: Override | None
-    """Above the policy until it is released."""
     changed_at: datetime | None
-    """When an operator last spoke; None: never."""
+    """Time of the last operator command; None: there was none."""
     state: RunState
-    """A finished run keeps what is said for its next attempt."""
+    """A finished run keeps its control for the next attempt."""
 
 
 class RecordedMeasurement(FrozenModel):
@@ -192,15 +204,12 @@ class RecordedAttempt(FrozenModel):
     data_parallel_size: PositiveCount
 
 
-class RecordedControl(FrozenModel):
-    """A word of an operator, and what held from then on."""
+class RecordedControl(Control):
+    """An operator command, and the control that holds from then on."""
 
     action: ControlAction
     sequence: Count
     received_at: datetime
-    policy: AnyPolicyConfig
-    policy_revision: Count
-    override: Override | None
     note: str = ""
 
 

@@ -27,6 +27,7 @@ from gns_controller.core.errors import (
 from gns_controller.core.policies import AnyPolicyConfig, PolicyState, decide, initial_state
 from gns_controller.core.replay import ReplayReport, compare_log, resume_steps
 from gns_controller.core.runs import (
+    Control,
     IngestReply,
     PolicyView,
     Registration,
@@ -36,7 +37,8 @@ from gns_controller.core.runs import (
     RunView,
     ScheduleView,
 )
-from gns_controller.service import operators as controls
+from gns_controller.service import operators
+from gns_controller.service.log_replay import replay_log
 from gns_controller.service.metrics import LiveRun, LiveRuns, Metrics
 from gns_controller.service.projection_cache import Newest, Projections, key_of
 from gns_controller.service.subscriptions import Listeners
@@ -154,34 +156,34 @@ class Controller:
         return [(head.registered_sequence, view_of(head, state=self._state(head))) for head in heads]
 
     def policy(self, run_id: str) -> PolicyView:
-        """Who decides about a run.
+        """Return what decides about a run.
 
         Raises:
             UnknownRunError: no run has this name.
         """
         head = self._head(run_id)
-        return controls.policy_view(head, state=self._state(head))
+        return operators.policy_view(head, state=self._state(head))
 
     def set_policy(
         self, run_id: str, policy: AnyPolicyConfig, *, revisions: Collection[int] | None, note: str = ""
     ) -> Future[PolicyView]:
         """Let this policy decide from the next measurement on.
 
-        The future raises InvalidInputError if it cannot steer this run; for `revisions` and the rest see
-        `controls.speak`.
+        The future raises InvalidInputError if it cannot steer this run; for `revisions` and other errors see
+        `operators.apply_command`.
         """
-        return self._speak(run_id, controls.new_policy(policy, note=note), revisions)
+        return self._command(run_id, operators.set_policy(policy, note=note), revisions)
 
     def set_override(self, run_id: str, override: Override, *, revisions: Collection[int] | None) -> Future[PolicyView]:
         """Put this above the policy from the next measurement on.
 
         The future raises BatchShapeError for a pinned batch that the present ranks cannot make, or beyond the budget.
         """
-        return self._speak(run_id, controls.new_override(override), revisions)
+        return self._command(run_id, operators.set_override(override), revisions)
 
     def release_override(self, run_id: str, *, revisions: Collection[int] | None, note: str = "") -> Future[PolicyView]:
-        """Give the word back to the policy. The future raises NoOverrideError if it has it."""
-        return self._speak(run_id, controls.release(note=note), revisions)
+        """Remove the override. The future raises NoOverrideError if there is none."""
+        return self._command(run_id, operators.release_override(note=note), revisions)
 
     def replay(
         self, run_id: str, *, policy: AnyPolicyConfig | None = None, follow_trainer: bool | None = None
@@ -190,7 +192,7 @@ class Controller:
 
         Args:
             run_id: name of the run.
-            policy: what to ask instead of what ran; operators' words are then left out.
+            policy: the policy to replay instead of what ran; operator commands are then left out.
             follow_trainer: see `core.replay.replay`; None: as the service did it for what ran, not at all for another
                 policy.
 
@@ -202,7 +204,7 @@ class Controller:
         """
         head = self._head(run_id)
         if policy is not None:
-            controls.check_for(head.specification, policy)
+            operators.check_for(head.specification, policy)
         limit = self._replay_max_measurements
         if head.num_measurements > limit:
             raise ReplayTooLongError(run_id, num_measurements=head.num_measurements, limit=limit)
@@ -213,8 +215,8 @@ class Controller:
         try:
             until = head.measurement_sequence or 0
             others = self._log(run_id, until=until, measurements=False)
-            steps = resume_steps(event for event, _ in controls.replay_log(others))
-            log = controls.replay_log(self._log(run_id, until=until))
+            steps = resume_steps(event for event, _ in replay_log(others))
+            log = replay_log(self._log(run_id, until=until))
             try:
                 return compare_log(
                     head.specification, log, resume_steps=steps, follow_trainer=follow_trainer, policy=policy
@@ -315,12 +317,14 @@ class Controller:
     def _state(self, head: RunHead) -> RunState:
         return run_state(head, now=self._clock(), silent_after_seconds=self._silent_after_seconds)
 
-    def _speak(self, run_id: str, speech: controls.Speech, revisions: Collection[int] | None) -> Future[PolicyView]:
-        def answer(transaction: Transaction) -> PolicyView:
-            head = controls.speak(transaction, run_id, speech, revisions=revisions, now=self._clock())
-            return controls.policy_view(head, state=self._state(head))
+    def _command(
+        self, run_id: str, command: operators.OperatorCommand, revisions: Collection[int] | None
+    ) -> Future[PolicyView]:
+        def apply(transaction: Transaction) -> PolicyView:
+            head = operators.apply_command(transaction, run_id, command, revisions=revisions, now=self._clock())
+            return operators.policy_view(head, state=self._state(head))
 
-        future = self._store.submit(answer)
+        future = self._store.submit(apply)
         future.add_done_callback(lambda done: self._announce(run_id, done))
         return future
 
@@ -380,8 +384,7 @@ class Controller:
         new = head or RunHead(
             run_id=run_id,
             specification=specification,
-            policy=specification.policy,
-            policy_revision=0,
+            control=Control.initial(specification.policy),
             registered_sequence=sequence,
             registered_at=now,
             attempt=attempt,
@@ -428,15 +431,15 @@ class Controller:
                 usual_gap_seconds=gap,
             )
             transaction.put_head(head)
-        last = head.last_decision
+        last, control = head.last_decision, head.control
         reply = IngestReply(
             accepted=len(fresh),
             duplicates=len(measurements) - len(fresh),
             plan=head.state.plan,
             decision=last if last is not None and last.attempt == head.attempt else None,
-            policy_revision=head.policy_revision,
-            policy=head.policy if head.policy_revision else None,
-            override=head.override,
+            policy_revision=control.policy_revision,
+            policy=control.policy if control.policy_revision else None,
+            override=control.override,
         )
         return reply, decisions
 
@@ -477,13 +480,13 @@ class Controller:
 def _decide(head: RunHead, state: PolicyState, measurement: NoiseScaleMeasurement) -> tuple[PolicyState, Decision]:
     try:
         return decide(
-            head.policy,
+            head.control.policy,
             state,
             measurement,
             facts=head.specification.facts,
-            policy_revision=head.policy_revision,
+            policy_revision=head.control.policy_revision,
             follow_trainer=head.specification.mode == "active",
-            override=head.override,
+            override=head.control.override,
         )
     except (ValueError, ArithmeticError):  # counts beyond 2^62, or extreme numbers
         raise InvalidInputError(
@@ -545,11 +548,4 @@ def _not_yet_stored(
 
 
 def _registration_reply(head: RunHead) -> RegistrationReply:
-    return RegistrationReply(
-        run_id=head.run_id,
-        attempt=head.attempt,
-        plan=head.state.plan,
-        policy=head.policy,
-        policy_revision=head.policy_revision,
-        override=head.override,
-    )
+    return RegistrationReply(**dict(head.control), run_id=head.run_id, attempt=head.attempt, plan=head.state.plan)

@@ -29,7 +29,7 @@ class StateKey(NamedTuple):
 
 def key_of(head: RunHead) -> StateKey:
     """The key of the run's present state."""
-    return StateKey(head.registered_sequence, head.state_sequence, head.policy_revision)
+    return StateKey(head.registered_sequence, head.state_sequence, head.control.policy_revision)
 
 
 class Newest(Generic[Value]):
@@ -118,12 +118,12 @@ def _projected(head: RunHead) -> Projection | None:
     assert last is not None
     try:
         return project(
-            head.policy,
+            head.control.policy,
             head.state,
             last,
             facts=specification.facts,
             schedule=specification.schedule,
-            override=head.override,
+            override=head.control.override,
             shadow=specification.mode == "shadow",
         )
     except (ValueError, ArithmeticError):  # counts near 2^62: no plan ahead can be written down

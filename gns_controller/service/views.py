@@ -34,11 +34,10 @@ def view_of(head: RunHead, *, state: RunState) -> RunView:
     """The run as lists and the page show it."""
     measurement = head.last_measurement
     return RunView(
+        **dict(head.control),
         run_id=head.run_id,
         state=state,
         specification=head.specification,
-        policy=head.policy,
-        policy_revision=head.policy_revision,
         attempt=head.attempt,
         optimizer_step=measurement.optimizer_step if measurement else 0,
         samples_seen=measurement.samples_seen if measurement else 0,
@@ -48,7 +47,6 @@ def view_of(head: RunHead, *, state: RunState) -> RunView:
         num_measurements=head.num_measurements,
         registered_at=head.registered_at,
         last_report_at=head.last_report_at,
-        override=head.override,
         savings=_savings(head),
         advised_data_parallel_size=_advised(head),
     )
@@ -68,8 +66,8 @@ def live_run_of(head: RunHead, *, state: RunState, steps_left: int | None) -> Li
         measurement=measurement,
         decision=head.last_decision,
         last_report_timestamp_seconds=head.last_report_at.timestamp() if head.last_report_at else None,
-        policy_revision=head.policy_revision,
-        override_active=head.override is not None,
+        policy_revision=head.control.policy_revision,
+        override_active=head.control.override is not None,
         advised_data_parallel_size=_advised(head),
         steps_saved=saved.steps_saved if saved else None,
         seconds_saved=saved.seconds_saved if saved else None,

@@ -9,10 +9,10 @@ from pathlib import Path
 from gns_controller.core.contract import Decision
 from gns_controller.core.errors import GnsError, InvalidInputError
 from gns_controller.core.policies import PolicyState
-from gns_controller.core.runs import Registration, RunSpecification
+from gns_controller.core.runs import Control, Registration, RunSpecification
 from trainer_hooks.client.http import HttpController
 from trainer_hooks.client.local import LocalController
-from trainer_hooks.client.protocol import Controller, Orders
+from trainer_hooks.client.protocol import DecisionClient
 from trainer_hooks.distributed.collectives import RankGroup
 
 _REGISTRATION_SECONDS = 5.0
@@ -25,14 +25,14 @@ def connect(
     specification: RunSpecification,
     policy_state: PolicyState,
     pending: Mapping[int, Decision],
-    orders: Orders | None,
+    control: Control | None,
     url: str | None,
     token: str | None,
     spool_directory: Path,
     resume_step: int,
     ranks: RankGroup,
     decision_deadline_seconds: float,
-) -> Controller | None:
+) -> DecisionClient | None:
     """Rank 0's client, None on the others. Call it on every rank.
 
     Silence is no error: the run decides locally until the controller answers.
@@ -41,11 +41,11 @@ def connect(
         RunConflictError, InvalidInputError: the controller refuses this run; raised on every rank, so that none trains
             on alone.
     """
-    client: Controller | None = None
+    client: DecisionClient | None = None
     problem: GnsError | None = None
     if ranks.rank == 0:
         if url is None:
-            client = LocalController(specification, policy_state, pending, orders)
+            client = LocalController(specification, policy_state, pending, control)
         else:
             try:
                 client = HttpController(
@@ -56,7 +56,7 @@ def connect(
                     ),
                     state=policy_state,
                     pending=pending,
-                    orders=orders,
+                    control=control,
                     spool_directory=spool_directory,
                     token=token,
                     decision_deadline_seconds=decision_deadline_seconds,

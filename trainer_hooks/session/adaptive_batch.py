@@ -32,7 +32,7 @@ from gns_controller.core.contract import (
 from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import NoiseScalePolicyConfig, PolicyState, RunFacts
 from gns_controller.core.runs import RunSpecification
-from trainer_hooks.client import Controller, connect, orders_from
+from trainer_hooks.client import DecisionClient, connect, control_from
 from trainer_hooks.data import SampleStream
 from trainer_hooks.data.lr_schedule import LearningRateSchedule, sampled
 from trainer_hooks.distributed.layout import Layout, find_layout
@@ -87,7 +87,7 @@ class AdaptiveBatch:
         measuring: Measuring,
         run_id: str,
         specification: RunSpecification,
-        controller: Controller | None,
+        controller: DecisionClient | None,
         state: PolicyState,
         learning_rate_schedule: LearningRateSchedule,
         max_grad_norm: float | None,
@@ -318,7 +318,7 @@ class AdaptiveBatch:
             specification=specification,
             policy_state=policy_state,
             pending={int(step): Decision.model_validate(found) for step, found in saved_decisions.items()},
-            orders=orders_from(state),
+            control=control_from(state),
             url=controller,
             token=token or os.environ.get("GNS_TOKEN"),
             spool_directory=Path(spool_directory),

@@ -11,7 +11,7 @@ import torch
 from gns_controller.core.contract import BatchPlan, Decision
 from gns_controller.core.policies import PolicyState
 from gns_controller.core.runs import RunSpecification
-from trainer_hooks.client import Controller, Verdict, saved_orders
+from trainer_hooks.client import DecisionClient, Verdict, saved_control
 from trainer_hooks.distributed.collectives import RankGroup, broadcast_plan
 from trainer_hooks.session.checks import reachable_plan
 
@@ -37,7 +37,7 @@ class Agreement:
         specification: RunSpecification,
         ranks: RankGroup,
         data_parallel_size: int,
-        controller: Controller | None,
+        controller: DecisionClient | None,
         optimizers: Sequence[torch.optim.Optimizer],
         plan: BatchPlan,
         deadline_seconds: float,
@@ -85,7 +85,7 @@ class Agreement:
             message = {
                 "policy_state": self._controller.state.model_dump(mode="json"),
                 "pending": {step: decision.model_dump(mode="json") for step, decision in pending},
-                "orders": saved_orders(self._controller.orders),
+                "orders": saved_control(self._controller.control),
             }
         shared = self._ranks.broadcast_message(message)
         delay = self._specification.batch.decision_delay_steps

@@ -1,4 +1,4 @@
-"""Routes of operators: the policy of a run, overrides above it, what was said so far, and replay."""
+"""Routes of operators: the policy of a run, the override above it, the commands so far, and replay."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gns_controller.core.errors import BatchShapeError
 from gns_controller.core.policies import AnyPolicyConfig
 from gns_controller.core.replay import ReplayReport
 from gns_controller.core.runs import ControlPage, PolicyView
-from gns_controller.service.operators import recorded_event
+from gns_controller.service.log_replay import recorded_event
 from gns_controller.web.dependencies import (
     CursorQuery,
     OrderQuery,
@@ -44,14 +44,14 @@ class ReplayBody(FrozenModel):
     """Body of POST /runs/{run_id}/replay."""
 
     policy: AnyPolicyConfig | None = None
-    """What to ask; null: what ran, with every word of an operator."""
+    """The policy to replay; null: what ran, with every operator command."""
     follow_trainer: bool | None = None
     """Take the batch in force from each measurement; null: as it was done for what ran, false for another policy."""
 
 
 @router.get("/runs/{run_id}/policy", response_model=PolicyView, responses={200: dict(_ETAG), **problems(404, 422, 503)})
 async def show_policy(run_id: RunIdPath, service: ServiceDep) -> Response:
-    """Who decides: the policy, its revision, and the override above it."""
+    """What decides about a run: the policy, its revision, and the override above it."""
     return _answer(await run_in_threadpool(service.controller.policy, run_id))
 
 
@@ -145,7 +145,7 @@ async def list_controls(
     limit: Annotated[int, Query(ge=1, le=1000, description="Most items of the page.")] = 100,
     order: OrderQuery = "asc",
 ) -> Response:
-    """What happened between measurements: attempts that registered, and words of operators."""
+    """What happened between measurements: attempts that registered, and operator commands."""
     entries = await run_in_threadpool(
         service.controller.entries,
         run_id,
@@ -184,7 +184,7 @@ def _require_revision(if_match: str | None) -> None:
     if if_match is None:
         raise ProblemError(
             REVISION_REQUIRED,
-            "Send If-Match with the ETag of GET /policy, so that nobody's change is overwritten unseen; * for any.",
+            "Send If-Match with the ETag of GET /policy, so that no change is overwritten unseen; * for any.",
         )
 
 
