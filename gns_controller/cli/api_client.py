@@ -10,6 +10,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from gns_controller.core.errors import GnsError, InvalidInputError
+from gns_controller.core.policies import KEEP_UNKNOWN
 from gns_controller.recordings import ExportedMeasurement, ExportedRun, export_lines
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -115,7 +116,7 @@ def read_as(model: type[Model], answer: dict[str, Any]) -> Model:
         GnsError: it is something else.
     """
     try:
-        return model.model_validate(answer)
+        return model.model_validate(answer, context=KEEP_UNKNOWN)
     except ValidationError:
         raise GnsError(
             "the controller's answer has fields that this version does not know, or lacks some: it is of another "

@@ -12,15 +12,7 @@ from gns_controller.cli.api_client import Remote, read_as, run_path
 from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import Estimator, Geometry, NoiseScaleMeasurement
 from gns_controller.core.errors import InvalidInputError
-from gns_controller.core.policies import (
-    OPEN_LOOP,
-    AnyPolicyConfig,
-    DecayToRampPolicyConfig,
-    GoodputPolicyConfig,
-    InnerProductTestPolicyConfig,
-    NoiseScalePolicyConfig,
-    ProgressPolicyConfig,
-)
+from gns_controller.core.policies import KEEP_UNKNOWN, AnyPolicyConfig
 from gns_controller.core.policies.parsing import faults_of
 from gns_controller.core.policies.state_update import followed_readings
 from gns_controller.core.replay import Event, ReplayReport, Resumed, compare
@@ -220,7 +212,8 @@ def table_of(report: ReplayReport, *, compared: bool = True, num_commands: int =
 
 def _control(control: dict[str, Any]) -> Event:
     try:
-        return replay_event(_CONTROL.validate_python({k: v for k, v in control.items() if k != "kind"}))
+        recorded = _CONTROL.validate_python({k: v for k, v in control.items() if k != "kind"}, context=KEEP_UNKNOWN)
+        return replay_event(recorded)
     except ValidationError:
         raise InvalidInputError(
             "the recording holds a control that this version does not know; was it exported by another version?"
@@ -243,20 +236,20 @@ def _adapted(recording: Recording, policy: AnyPolicyConfig) -> tuple[AnyPolicyCo
     """
     changes: dict[str, Any] = {}
     notes = []
-    told = policy.model_fields_set
+    given = policy.model_fields_set
     readings = [reading for measurement in recording.measurements for reading in measurement.readings]
     estimators = {reading.estimator for reading in readings}
     geometries = {reading.geometry for reading in readings}
-    if "estimator" not in told and len(estimators) == 1 and policy.estimator not in estimators:
+    if "estimator" not in given and len(estimators) == 1 and policy.estimator not in estimators:
         changes["estimator"] = estimators.pop()
         notes.append(f"the policy follows estimator {changes['estimator']!r}, the only one in the recording.")
-    if "geometry" not in told and len(geometries) == 1 and policy.geometry not in (None, *geometries):
+    if "geometry" not in given and len(geometries) == 1 and policy.geometry not in (None, *geometries):
         changes["geometry"] = None
         notes.append(
             f"the policy follows geometry {geometries.pop()}, the only one in the recording, and not its own "
             f"{policy.geometry}."
         )
-    if recording.is_averaged and not told.intersection(_BETAS):
+    if recording.is_averaged and not given.intersection(_BETAS):
         changes |= dict.fromkeys(_BETAS, 0.0)
         notes.append("the recording holds averages, so the policy averages no more: noise_beta = signal_beta = 0.")
     try:
@@ -265,12 +258,11 @@ def _adapted(recording: Recording, policy: AnyPolicyConfig) -> tuple[AnyPolicyCo
         fault = faults_of(error)[0]
         where = ".".join(map(str, fault.location))
         raise _unusable(f"{policy.policy} cannot follow {where} {changes.get(where)!r}: {fault.sentence}") from None
-    if readings and not isinstance(adapted, OPEN_LOOP):
+    if readings and not adapted.open_loop:
         _refuse_unreadable(recording, adapted)
-    if recording.is_averaged and isinstance(adapted, NoiseScalePolicyConfig) and adapted.bound == "low":
+    if recording.is_averaged and adapted.interval_use == "decision":
         notes.append("averages spread less than readings: the lower end of their interval is too high.")
-    follows_decay = isinstance(adapted, DecayToRampPolicyConfig) or adapted.decay != "follow"
-    if follows_decay and len({measurement.schedule_factor for measurement in recording.measurements}) == 1:
+    if adapted.follows_schedule and len({measurement.schedule_factor for measurement in recording.measurements}) == 1:
         notes.append("no schedule_factor column, or a constant one: decay is not seen.")
     return adapted, notes
 
@@ -278,29 +270,22 @@ def _adapted(recording: Recording, policy: AnyPolicyConfig) -> tuple[AnyPolicyCo
 def _refuse_unreadable(recording: Recording, policy: AnyPolicyConfig) -> None:
     followed = [reading for measurement in recording.measurements for reading in followed_readings(policy, measurement)]
     if not followed:
-        found = {
+        present = {
             f"{reading.estimator} of the {reading.direction}, {reading.geometry}"
             for measurement in recording.measurements
             for reading in measurement.readings
         }
-        wanted = f"{policy.estimator} of the {policy.direction}, {policy.geometry or 'any geometry'}"
-        raise _unusable(f"it wants {wanted}; there is {'; '.join(sorted(found))}")
-    if isinstance(policy, ProgressPolicyConfig) and all(len(reading.progress_curve) < 2 for reading in followed):
-        raise _unusable("it wants progress at two sub-batches, which only our own export holds")
-    if isinstance(policy, InnerProductTestPolicyConfig) and all(r.inner_product_variance is None for r in followed):
-        raise _unusable("it wants the variance of inner products, which only our own export holds")
-    if recording.is_averaged and policy.signal_beta == 0 and _wants_interval(policy):
+        needed = f"{policy.estimator} of the {policy.direction}, {policy.geometry or 'any geometry'}"
+        raise _unusable(f"it needs {needed}; there is {'; '.join(sorted(present))}")
+    if policy.needs.progress_curve and all(len(reading.progress_curve) < 2 for reading in followed):
+        raise _unusable("it needs progress at two sub-batches, which only our own export holds")
+    if policy.needs.inner_products and all(reading.inner_product_variance is None for reading in followed):
+        raise _unusable("it needs the variance of inner products, which only our own export holds")
+    if recording.is_averaged and policy.signal_beta == 0 and policy.interval_use != "nothing":
         raise _unusable(
             "averages that are not averaged again have no interval, and without one nothing is resolved. Give "
             "noise_beta and signal_beta, or a policy with bound 'estimate' on rank_variance readings"
         )
-
-
-def _wants_interval(policy: AnyPolicyConfig) -> bool:
-    """Split readings are resolved by the standard error of their average; the bound "low" is an end of the interval."""
-    if isinstance(policy, NoiseScalePolicyConfig):
-        return policy.bound == "low" or (policy.estimator == "split" and not policy.act_on_unresolved)
-    return isinstance(policy, GoodputPolicyConfig) and policy.estimator == "split"
 
 
 def _unusable(why: str) -> InvalidInputError:

@@ -15,12 +15,15 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from gns_controller.core.errors import GnsError, InvalidInputError
+from gns_controller.core.policies import plug_ins
 from gns_controller.service.controller import Controller
 from gns_controller.service.metrics import Metrics
 from gns_controller.service.settings import Settings
 from gns_controller.store import SqlStore
 from gns_controller.store.administration import hide_password
 from gns_controller.web import create_app
+
+logger = logging.getLogger(__name__)
 
 _SHUTDOWN_SECONDS = 2
 """Requests still open this long after SIGTERM are cut off."""
@@ -70,6 +73,9 @@ def serve_forever(settings: Settings, *, ready_file: Path | None = None) -> None
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    for plug_in in plug_ins():  # a problem is logged where it is found
+        if plug_in.problem is None:
+            logger.info("policy plug-in: policy=%s distribution=%s", plug_in.name, plug_in.distribution)
     listener = _listen(settings.host, settings.port)
     try:
         metrics = Metrics(_registry())

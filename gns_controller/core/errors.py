@@ -9,6 +9,7 @@ GnsError
 ├── SelfTestError                       gradients are not what measuring relies on; parameters are named
 ├── PlanDivergedError                   two ranks hold different plans: training must stop
 ├── MissingDependencyError (ImportError)  the message carries the `pip install` line
+├── PolicyPlugInError               a policy of another package is not installed here, cannot be loaded, or failed
 ├── RunError                            the service knows the request but not like this
 │   ├── UnknownRunError
 │   │   └── UnknownAttemptError         the database was restored from before its registration
@@ -65,6 +66,16 @@ class PlanDivergedError(GnsError):
 
 class MissingDependencyError(GnsError, ImportError):
     """An optional dependency is not installed."""
+
+
+class PolicyPlugInError(GnsError):
+    """A policy of another package is not installed here, cannot be loaded, or failed."""
+
+    def __init__(self, sentence: str, *, cause: Exception | None = None) -> None:
+        explained = "" if cause is None else f" {type(cause).__name__}: {cause}"
+        super().__init__(sentence + explained)
+        self.sentence = sentence
+        """The message without the text of the cause, which may hold a path of this machine."""
 
 
 class RunError(GnsError):

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from gns_controller.core.contract import Count, Decision, FrozenModel, NoiseScaleMeasurement, RunId
 from gns_controller.core.errors import InvalidInputError
-from gns_controller.core.policies import AnyPolicyConfig
+from gns_controller.core.policies import KEEP_UNKNOWN, AnyPolicyConfig
 from gns_controller.core.runs import RunSpecification
 from gns_controller.recordings.recording import ImportDefaults, Limits, Recording, lines_of, shown
 from gns_controller.recordings.tables import Row, table_recording
@@ -191,7 +191,7 @@ def _object(line: str, where: str) -> dict[str, Any] | None:
 
 def _model(model: type[_Model], value: dict[str, Any], where: str) -> _Model:
     try:
-        return model.model_validate(value)
+        return model.model_validate(value, context=KEEP_UNKNOWN)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = "/".join(str(part) for part in fault["loc"])

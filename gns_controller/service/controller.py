@@ -43,7 +43,7 @@ from gns_controller.service.metrics import LiveRun, LiveRuns, Metrics
 from gns_controller.service.projection_cache import Newest, Projections, key_of
 from gns_controller.service.subscriptions import Listeners
 from gns_controller.service.views import live_run_of, run_state, schedule_view, view_of
-from gns_controller.store import LogEntry, MeasurementBody, NewEntry, RunHead, Store, Transaction
+from gns_controller.store import LogEntry, MeasurementBody, NewEntry, RunHead, Store, Transaction, registration_of
 
 _GAP_WEIGHT = 0.2
 """Weight of the newest gap in the usual gap between two reports."""
@@ -357,7 +357,7 @@ class Controller:
         if head is not None:
             _refuse_other_specification(head, registration.specification)
             for entry in transaction.registrations(run_id):
-                if Registration.model_validate_json(entry.body).incarnation == registration.incarnation:
+                if registration_of(entry).incarnation == registration.incarnation:
                     if entry.attempt < head.attempt:
                         raise StaleAttemptError(run_id, attempt=entry.attempt, current_attempt=head.attempt)
                     return Registered(_registration_reply(head), created=False)

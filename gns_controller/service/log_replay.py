@@ -9,14 +9,14 @@ from pydantic import ValidationError
 from gns_controller.core.contract import Decision
 from gns_controller.core.errors import DatabaseCorruptError
 from gns_controller.core.replay import Event, Resumed
-from gns_controller.core.runs import RecordedAttempt, RecordedControl, Registration
-from gns_controller.store import ControlBody, LogEntry, MeasurementBody
+from gns_controller.core.runs import RecordedAttempt, RecordedControl
+from gns_controller.store import LogEntry, control_of, measurement_of, registration_of
 
 
 def recorded_event(entry: LogEntry) -> RecordedAttempt | RecordedControl:
     """Return a line of the log that is not a measurement as the API shows it."""
     if entry.kind == "registered":
-        registration = Registration.model_validate_json(entry.body)
+        registration = registration_of(entry)
         return RecordedAttempt(
             sequence=entry.sequence,
             received_at=entry.at,
@@ -24,7 +24,7 @@ def recorded_event(entry: LogEntry) -> RecordedAttempt | RecordedControl:
             resume_step=registration.resume_step,
             data_parallel_size=registration.specification.data_parallel_size,
         )
-    body = ControlBody.model_validate_json(entry.body)
+    body = control_of(entry)
     return RecordedControl(sequence=entry.sequence, received_at=entry.at, **dict(body))
 
 
@@ -37,7 +37,7 @@ def replay_log(entries: Iterable[LogEntry]) -> Iterator[tuple[Event, Decision | 
     for entry in entries:
         try:
             if entry.kind == "measurement":
-                body = MeasurementBody.model_validate_json(entry.body)
+                body = measurement_of(entry)
                 event: tuple[Event, Decision | None] = body.measurement, body.decision
             else:
                 event = replay_event(recorded_event(entry)), None

@@ -23,8 +23,8 @@ from gns_controller.core.errors import (
 )
 from gns_controller.core.policies import AnyPolicyConfig
 from gns_controller.core.policies.guards import LARGEST_BATCH_SIZE
-from gns_controller.core.runs import Control, ControlAction, PolicyView, Registration, RunSpecification, RunState
-from gns_controller.store import ControlBody, NewEntry, RunHead, Transaction
+from gns_controller.core.runs import Control, ControlAction, PolicyView, RunSpecification, RunState
+from gns_controller.store import ControlBody, NewEntry, RunHead, Transaction, registration_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,4 +169,4 @@ def _present_ranks(transaction: Transaction, head: RunHead) -> int:
     if last is not None and last.attempt == head.attempt:
         return last.data_parallel_size
     newest = transaction.registrations(head.run_id)[-1]
-    return Registration.model_validate_json(newest.body).specification.data_parallel_size
+    return registration_of(newest).specification.data_parallel_size

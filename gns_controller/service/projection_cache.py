@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from typing import Generic, NamedTuple, TypeVar
 
+from gns_controller.core.errors import PolicyPlugInError
 from gns_controller.core.projection import Projection, project
 from gns_controller.store import RunHead
 
@@ -126,6 +127,6 @@ def _projected(head: RunHead) -> Projection | None:
             override=head.control.override,
             shadow=specification.mode == "shadow",
         )
-    except (ValueError, ArithmeticError):  # counts near 2^62: no plan ahead can be written down
+    except (ValueError, ArithmeticError, PolicyPlugInError):  # counts near 2^62, or a policy that cannot be run here
         logger.debug("no projection: run_id=%s state_sequence=%d", head.run_id, head.state_sequence)
         return None

@@ -8,9 +8,9 @@ from datetime import datetime, timedelta
 from gns_controller.core.contract import BatchPlan
 from gns_controller.core.policies import PolicyState
 from gns_controller.core.projection import Projection, Savings, advised_data_parallel_size, savings
-from gns_controller.core.runs import Registration, RunState, RunView, ScheduleView
+from gns_controller.core.runs import RunState, RunView, ScheduleView
 from gns_controller.service.metrics import LiveRun
-from gns_controller.store import LogEntry, RunHead
+from gns_controller.store import LogEntry, RunHead, registration_of
 
 _SILENT_GAPS = 10.0
 """A run is silent after this many times its usual gap, if that is longer than the setting."""
@@ -83,7 +83,7 @@ def schedule_view(head: RunHead, plan_changes: Iterable[LogEntry], projection: P
     plans: list[BatchPlan] = []
     for entry in plan_changes:
         if entry.kind == "registered":
-            resume_step = Registration.model_validate_json(entry.body).resume_step
+            resume_step = registration_of(entry).resume_step
             plans = [plan for plan in plans if plan.effective_step <= resume_step]
         plan = PolicyState.model_validate_json(entry.state).plan
         if not plans or plans[-1] != plan:

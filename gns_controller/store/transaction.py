@@ -9,27 +9,13 @@ from typing import Any
 from pydantic_core import from_json
 from sqlalchemy import Connection, Row, Select, insert, select, update
 
-from gns_controller.core.contract import Decision, FrozenModel, NoiseScaleMeasurement
-from gns_controller.core.policies import PolicyState
-from gns_controller.core.runs import Control, ControlAction, RunSpecification
+from gns_controller.core.policies import KEEP_UNKNOWN, PolicyState
+from gns_controller.core.runs import Control, RunSpecification
+from gns_controller.store.bodies import MeasurementBody
 from gns_controller.store.protocol import LogEntry, NewEntry, RunHead
 from gns_controller.store.tables import log, runs
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-class MeasurementBody(FrozenModel):
-    """Body of a log line of kind "measurement"."""
-
-    measurement: NoiseScaleMeasurement
-    decision: Decision
-
-
-class ControlBody(Control):
-    """Body of a log line of kind "control": the control that holds from then on, and the operator command behind it."""
-
-    action: ControlAction
-    note: str = ""
 
 
 def to_microseconds(at: datetime) -> int:
@@ -70,11 +56,14 @@ def to_head(row: Row[Any]) -> RunHead:
     last = None if row.last_body is None else MeasurementBody.model_validate_json(row.last_body)
     return RunHead(
         run_id=row.run_id,
-        specification=RunSpecification.model_validate_json(row.specification),
-        control=Control(
-            policy=from_json(row.policy),
-            policy_revision=row.policy_revision,
-            override=None if row.override is None else from_json(row.override),
+        specification=RunSpecification.model_validate_json(row.specification, context=KEEP_UNKNOWN),
+        control=Control.model_validate(
+            {
+                "policy": from_json(row.policy),
+                "policy_revision": row.policy_revision,
+                "override": None if row.override is None else from_json(row.override),
+            },
+            context=KEEP_UNKNOWN,
         ),
         registered_sequence=row.registered_sequence,
         registered_at=from_microseconds(row.registered_at),

@@ -21,7 +21,7 @@ import httpx
 
 from gns_controller.core.contract import Decision, NoiseScaleMeasurement
 from gns_controller.core.errors import GnsError, InvalidInputError, RunConflictError, StaleAttemptError
-from gns_controller.core.policies import PolicyState
+from gns_controller.core.policies import KEEP_UNKNOWN, PolicyState, UnavailablePolicyConfig
 from gns_controller.core.runs import Control, IngestReply, Registration, RegistrationReply
 from trainer_hooks.client.local import LocalController
 from trainer_hooks.client.protocol import Verdict
@@ -299,7 +299,7 @@ class HttpController:
             headers={"Content-Type": "application/json"},
         )
         _raise_unless_accepted(response)
-        return RegistrationReply.model_validate_json(response.content)
+        return RegistrationReply.model_validate_json(response.content, context=KEEP_UNKNOWN)
 
     def _post(self, batch: Sequence[NoiseScaleMeasurement], *, attempt: int) -> IngestReply | None:
         """Send measurements in order; a single one that the controller cannot take is left out with a log line."""
@@ -326,7 +326,7 @@ class HttpController:
             )
             self._spool.set_aside(batch[0])
             return None
-        return IngestReply.model_validate_json(response.content)
+        return IngestReply.model_validate_json(response.content, context=KEEP_UNKNOWN)
 
     def _set_attempt(self, attempt: int) -> None:
         with self._changed:
@@ -334,22 +334,34 @@ class HttpController:
             self._changed.notify_all()
 
     def _take_control(self, reply: RegistrationReply | IngestReply) -> None:
-        """Let the local fold follow the control in force; until an operator changes it, that of the specification."""
+        """Let the local fold follow the control in force; until an operator changes it, that of the specification.
+
+        Where the policy cannot be run in this process, the local fold keeps the policy before.
+        """
         before = self._local.control
+        policy = reply.policy or self._registration.specification.policy
+        missing = policy if isinstance(policy, UnavailablePolicyConfig) else None
         control = Control(
-            policy=reply.policy or self._registration.specification.policy,
+            policy=before.policy if missing else policy,
             policy_revision=reply.policy_revision,
             override=reply.override,
         )
         if control == before:
             return
+        if missing and control.policy_revision != before.policy_revision:
+            logger.warning(
+                "local decisions keep the policy before: run_id=%s policy=%s reason=%s",
+                self._run_id,
+                before.policy.policy,
+                missing.reason,
+            )
         self._local.control = control
         if control.policy_revision != before.policy_revision:
             logger.info(
                 "an operator changed the control: run_id=%s policy_revision=%d policy=%s override=%s",
                 self._run_id,
                 control.policy_revision,
-                control.policy.policy,
+                policy.policy,
                 control.override.kind if control.override else "none",
             )
 

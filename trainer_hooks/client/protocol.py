@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from gns_controller.core.contract import BatchPlan, Decision, NoiseScaleMeasurement
 from gns_controller.core.policies import PolicyState
+from gns_controller.core.policies.parsing import policy_of
 from gns_controller.core.runs import Control
 
 DecisionSource = Literal["controller", "local"]
@@ -27,9 +28,13 @@ def saved_control(control: Control) -> dict[str, Any] | None:
 
 
 def control_from(state: Mapping[str, Any] | None) -> Control | None:
-    """Return the control of a session's checkpoint; None where no operator had changed it, or it was not kept."""
+    """Return the control of a session's checkpoint; None where no operator had changed it, or it was not kept.
+
+    Raises:
+        InvalidInputError: the policy that an operator had set cannot be run here.
+    """
     saved = (state or {}).get("orders")  # the key of state version 2
-    return Control.model_validate(saved) if saved else None
+    return Control.model_validate({**saved, "policy": policy_of(saved["policy"])}) if saved else None
 
 
 class DecisionClient(Protocol):

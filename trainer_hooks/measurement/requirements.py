@@ -1,4 +1,4 @@
-"""What a policy needs measured, so that nobody has to be told twice."""
+"""Requirements of a policy: what has to be measured for it, and where that cannot be."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from gns_controller.core.contract import Direction, Estimator, Geometry
 from gns_controller.core.errors import GeometryError, InvalidInputError
-from gns_controller.core.policies import AnyPolicyConfig, InnerProductTestPolicyConfig, ProgressPolicyConfig
+from gns_controller.core.policies import AnyPolicyConfig
 from trainer_hooks.distributed.layout import Layout
 from trainer_hooks.estimators.spectral import SpectralNorms
 from trainer_hooks.measurement.groups import MeasuredGroup
@@ -40,10 +40,10 @@ def needs_of(
     num_sign_patterns: int | None,
     min_sample_groups: int,
 ) -> Needs:
-    """What attach was told to measure, and what the policy cannot do without.
+    """Return what to measure: what attach was given, and what the policy needs besides.
 
-    progress needs the curve: with three sign patterns always, and not as many as the budget finds best, because its
-    averages begin anew when the points move. A policy in the euclidean geometry reads the l2 norm of groups that are
+    A progress curve takes three sign patterns always, and not as many as the budget finds best, because its averages
+    begin anew when the points move. A policy in the euclidean geometry reads the l2 norm of groups that are
     measured in another one as well.
 
     Raises:
@@ -57,20 +57,22 @@ def needs_of(
             f"the policy follows geometry {policy.geometry!r}, and no parameter group has it; "
             f"groups have {', '.join(found)}. Name one of these, or 'euclidean', or set geometry to null."
         )
-    inner_products = isinstance(policy, InnerProductTestPolicyConfig)
+    inner_products = policy.needs.inner_products
     if inner_products and policy.geometry != "euclidean" and found != ["euclidean"]:
-        raise GeometryError("inner_product_test is a test in the l2 norm: give it geometry='euclidean'.")
+        raise GeometryError(
+            f"{policy.policy} reads inner products, which belong to the l2 norm: give it geometry='euclidean'."
+        )
     if inner_products and (layout.averages_in_backward or layout.model_parallel_size > 1):
         raise InvalidInputError(
-            "inner_product_test needs every micro-batch's whole gradient until the mean over ranks is known, and with "
+            f"{policy.policy} needs every micro-batch's whole gradient until the mean over ranks is known, and with "
             f"{layout.name} no rank holds one. Use norm_test, or DistributedDataParallel."
         )
-    if isinstance(policy, ProgressPolicyConfig):
+    if policy.needs.progress_curve:
         progress_curve = True
         if num_sign_patterns is not None and num_sign_patterns < _CURVE_PATTERNS:
             raise InvalidInputError(
-                f"the policy progress needs num_sign_patterns={_CURVE_PATTERNS} or more, got {num_sign_patterns}: "
-                "progress at two sub-batches takes so many. Leave the argument out."
+                f"the policy {policy.policy} needs num_sign_patterns={_CURVE_PATTERNS} or more, got "
+                f"{num_sign_patterns}: progress at two sub-batches takes so many. Leave the argument out."
             )
         num_sign_patterns = num_sign_patterns or _CURVE_PATTERNS
         min_sample_groups = max(min_sample_groups, _CURVE_GROUPS)

@@ -22,7 +22,7 @@ from gns_controller.core.runs import (
     RunPage,
     RunView,
 )
-from gns_controller.store import LogEntry, MeasurementBody
+from gns_controller.store import LogEntry, measurement_of
 from gns_controller.web.dependencies import (
     CursorQuery,
     OrderQuery,
@@ -115,7 +115,7 @@ async def list_measurements(
         RecordedMeasurement(
             sequence=entry.sequence,
             received_at=entry.at,
-            measurement=MeasurementBody.model_validate_json(entry.body).measurement,
+            measurement=measurement_of(entry).measurement,
         )
         for entry in entries
     )
@@ -136,7 +136,7 @@ async def list_decisions(
         RecordedDecision(
             sequence=entry.sequence,
             decided_at=entry.at,
-            decision=MeasurementBody.model_validate_json(entry.body).decision,
+            decision=measurement_of(entry).decision,
         )
         for entry in entries
     )
