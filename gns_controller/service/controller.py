@@ -6,6 +6,7 @@ one run are decided in the order in which they are stored.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any, get_args
 from gns_controller.core.contract import Decision, NoiseScaleMeasurement, Override
 from gns_controller.core.errors import (
     InvalidInputError,
+    PolicyPlugInError,
     ReplayBusyError,
     ReplayTooLongError,
     RunConflictError,
@@ -44,6 +46,8 @@ from gns_controller.service.projection_cache import Newest, Projections, key_of
 from gns_controller.service.subscriptions import Listeners
 from gns_controller.service.views import live_run_of, run_state, schedule_view, view_of
 from gns_controller.store import LogEntry, MeasurementBody, NewEntry, RunHead, Store, Transaction, registration_of
+
+logger = logging.getLogger(__name__)
 
 _GAP_WEIGHT = 0.2
 """Weight of the newest gap in the usual gap between two reports."""
@@ -105,6 +109,8 @@ class Controller:
         self._max_runs = metrics_max_runs
         self._replay_max_measurements = replay_max_measurements
         self._replaying = threading.Lock()
+        self._waiting: set[str] = set()
+        """Runs whose policy cannot be run; only the writer's thread looks."""
         self._projections = Projections()
         self._schedules: Newest[ScheduleView] = Newest(_MAX_SCHEDULES)
 
@@ -443,6 +449,18 @@ class Controller:
         )
         return reply, decisions
 
+    def _note_waiting(self, head: RunHead, error: PolicyPlugInError) -> None:
+        """Log, once until a decision is made again, that a run's policy cannot be run."""
+        if head.run_id not in self._waiting:
+            self._waiting.add(head.run_id)
+            logger.warning(
+                "measurements wait until their policy can be run: run_id=%s policy=%s reason=%s",
+                head.run_id,
+                head.control.policy.policy,
+                error,
+                exc_info=error.__cause__,
+            )
+
     def _fold(
         self, head: RunHead, measurements: Sequence[NoiseScaleMeasurement], *, now: datetime
     ) -> tuple[RunHead, list[NewEntry], list[Decision]]:
@@ -451,8 +469,13 @@ class Controller:
         for measurement in measurements:
             before = state.plan
             began = time.perf_counter()
-            state, decision = _decide(head, state, measurement)
+            try:
+                state, decision = _decide(head, state, measurement)
+            except PolicyPlugInError as error:
+                self._note_waiting(head, error)
+                raise
             self._metrics.decision_seconds.observe(time.perf_counter() - began)
+            self._waiting.discard(head.run_id)
             decisions.append(decision)
             entries.append(
                 NewEntry(

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from gns_controller.core.contract import Override
+from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import HoldPolicyConfig, NoiseScalePolicyConfig
 from gns_controller.core.runs import Control
 from tests.gns_controller.core.measurements import measurement, reading
@@ -130,6 +131,30 @@ def test_a_fold_never_sees_half_an_answer(service: Any, tmp_path: Path) -> None:
         ended.set()
         commander.join()
         client.close(deadline_seconds=10)
+
+
+def test_a_policy_that_is_not_installed_here_leaves_local_decisions_to_the_policy_before(
+    service: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An operator may set a policy of a package that the controller has and this trainer has not."""
+    wire = Wire(service.transport)
+    wire.instead = answering(service, policy={"policy": "tide", "phase": 1}, policy_revision=2, override=PIN)
+    client = client_for(wire, tmp_path)
+    client.wait_registered(deadline_seconds=10)
+    client.report(measurement(100, reading(noise_scale=8.0)))
+    assert client.verdict(optimizer_step=100, deadline_seconds=10).source == "controller"
+    pin = Override(kind="pin", global_batch_size=128)
+    assert client.control == Control(policy=specification().policy, policy_revision=2, override=pin)
+    wire.instead = answering(service, policy={"policy": "tide", "phase": 1}, policy_revision=3, override=None)
+    client.report(measurement(200, reading(noise_scale=8.0)))
+    client.verdict(optimizer_step=200, deadline_seconds=10)
+    wire.instead = refuse
+    decision = decided_locally(client, 300)
+    assert (decision.policy, decision.policy_revision) == (specification().policy.policy, 3)
+    client.close(deadline_seconds=10)
+    assert caplog.text.count("local decisions keep the policy before") == 2
+    with pytest.raises(InvalidInputError, match="The field 'policy' should be one of"):
+        control_from({"orders": {"policy": {"policy": "tide"}, "policy_revision": 2, "override": None}})
 
 
 def test_service_and_trainer_fold_alike_after_operator_commands(service: Any, tmp_path: Path) -> None:
