@@ -88,7 +88,7 @@ class _Steps(NamedTuple):
         taken = self.taken + delayed / self.in_force + (fresh - delayed) / self.planned
         waiting = self.waiting - delayed
         in_force = self.in_force if waiting else self.planned
-        return _Steps(taken, self.samples + fresh, in_force, self.planned, waiting)
+        return self._replace(taken=taken, samples=self.samples + fresh, in_force=in_force, waiting=waiting)
 
     def after_decision(self, batch_size: int, *, delay_steps: int) -> _Steps:
         """Return the count once this batch was decided on."""
@@ -111,7 +111,8 @@ class _Fold:
         self._config, self._follow_trainer, self._asked = config, follow_trainer, policy
         self._control = Control.initial(policy or config.policy)
         self._state: PolicyState | None = None
-        self._steps = self._no_steps = _Steps(0.0, 0, config.batch.global_batch_size, config.batch.global_batch_size)
+        first = config.batch.global_batch_size
+        self._steps = self._no_steps = _Steps(taken=0.0, samples=0, in_force=first, planned=first)
         self._counts_its_own = policy is not None and not follow_trainer
         self._ranks: int | None = None
         self._resume_steps = sorted(set(resume_steps))

@@ -99,8 +99,8 @@ class RunSpecification(FrozenModel):
 
     @property
     def facts(self) -> RunFacts:
-        """What policies may know of it."""
-        return RunFacts(self.batch, self.budget_samples, self.tokens_per_sample)
+        """The facts that policies may use."""
+        return RunFacts(rules=self.batch, budget_samples=self.budget_samples, tokens_per_sample=self.tokens_per_sample)
 
 
 class Registration(FrozenModel):

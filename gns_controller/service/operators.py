@@ -12,7 +12,6 @@ from datetime import datetime
 
 from pydantic import ValidationError
 
-from gns_controller.core.batch_arithmetic import factor_batch
 from gns_controller.core.contract import Override
 from gns_controller.core.errors import (
     BatchShapeError,
@@ -105,13 +104,8 @@ def set_override(override: Override) -> OperatorCommand:
             if override.global_batch_size > LARGEST_BATCH_SIZE:
                 raise BatchShapeError(f"no batch has more than 2^40 = {LARGEST_BATCH_SIZE} samples.")
             _refuse_beyond_budget(override.global_batch_size, head)
-            rules = head.specification.batch
-            factor_batch(
-                override.global_batch_size,
-                micro_batch_size=rules.micro_batch_size,
-                data_parallel_size=_present_ranks(transaction, head),
-                micro_batch_granularity=rules.micro_batch_granularity,
-            )
+            grid = head.specification.batch.grid(data_parallel_size=_present_ranks(transaction, head))
+            grid.factor(override.global_batch_size)  # raises where it cannot be made
         return head.control.model_copy(update={"override": override})
 
     return OperatorCommand("override", override.note, new_control)

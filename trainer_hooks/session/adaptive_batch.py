@@ -272,7 +272,7 @@ class AdaptiveBatch:
             num_sign_patterns=num_sign_patterns,
             min_sample_groups=min_sample_groups,
         )
-        facts = RunFacts(rules, budget_samples, tokens_per_sample)
+        facts = RunFacts(rules=rules, budget_samples=budget_samples, tokens_per_sample=tokens_per_sample)
         check_couplings(policy, facts, [group.geometry for group in groups])
         if measurement_interval is None and measurement_budget is None:
             measurement_budget = DEFAULT_BUDGET

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable
+from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import BatchPlan, Direction, Estimator, RunId, Span
 from gns_controller.core.errors import InvalidInputError, TooFewGroupsError
 from gns_controller.core.policies import AnyPolicyConfig, PolicyState, initial_state, plan_for
@@ -168,12 +168,7 @@ def reachable_plan(
 
     Gains by the noise scale are computed again only for another batch; else they stay what they were.
     """
-    batch_size = floor_to_reachable(
-        plan.global_batch_size,
-        micro_batch_size=rules.micro_batch_size,
-        data_parallel_size=data_parallel_size,
-        micro_batch_granularity=rules.micro_batch_granularity,
-    )
+    batch_size = rules.grid(data_parallel_size=data_parallel_size).floor(plan.global_batch_size)
     noise_scale = None
     if batch_size != plan.global_batch_size:
         judged = policy_state.smoothed.judged() if policy_state.smoothed else None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from gns_controller.core.aggregation import Aggregation
-from gns_controller.core.batch_arithmetic import BatchRules, LearningRateCoupling
+from gns_controller.core.batch_arithmetic import BatchGrid, BatchRules, LearningRateCoupling
 from gns_controller.core.contract import (
     BatchPlan,
     Count,
@@ -230,8 +230,13 @@ class Situation(NamedTuple):
         return self.state.plan.global_batch_size
 
     @property
+    def grid(self) -> BatchGrid:
+        """The batches that the present ranks can make."""
+        return self.facts.rules.grid(data_parallel_size=self.measurement.data_parallel_size)
+
+    @property
     def decay(self) -> float:
-        """Scheduled learning rate over the largest it has been, 1 during the warmup; NaN where it is no number."""
+        """Scheduled learning rate over the largest it has been, 1 during the warmup; NaN where it is not finite."""
         peak, factor = self.state.peak_schedule_factor, self.measurement.schedule_factor
         if not math.isfinite(factor):
             return math.nan

@@ -192,6 +192,6 @@ def _overridden(override: Override, situation: Situation) -> Proposal:
     if override.kind == "hold" or override.global_batch_size is None:
         return Proposal(None, "override", "an operator holds this batch")
     pinned = override.global_batch_size
-    batch_size = reachable(pinned, situation.facts.rules, situation.measurement.data_parallel_size, up=False)
+    batch_size = reachable(pinned, situation.grid, up=False)
     because = f"an operator pins {pinned} samples"
     return Proposal(None if batch_size == situation.batch_size else batch_size, "override", because, pinned)

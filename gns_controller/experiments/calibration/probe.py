@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gns_controller.core.batch_arithmetic import factor_batch
+from gns_controller.core.batch_arithmetic import BatchGrid
 from gns_controller.core.errors import InvalidInputError, MissingDependencyError
 from gns_controller.experiments.calibration.jobs import Job, describe_checkpoint, read_records
 from gns_controller.experiments.calibration.plot import plot_results
@@ -248,8 +248,9 @@ def _branch_length(
     Raises:
         InvalidInputError: there is no such length within the budget, or a batch these ranks cannot make.
     """
+    grid = BatchGrid(micro_batch_size=micro_batch_size, data_parallel_size=num_ranks)
     for multiple in settings.multiples:
-        factor_batch(multiple * batch_size, micro_batch_size=micro_batch_size, data_parallel_size=num_ranks)
+        grid.factor(multiple * batch_size)
     whole = math.lcm(*settings.multiples) * batch_size
     length = settings.branch_samples
     if length is None:

@@ -48,8 +48,7 @@ class GoodputPolicyConfig(PolicyConfig):
     def propose(self, situation: Situation) -> Proposal:
         """Return the cheapest reachable batch, or one exploring growth."""
         # Noise scale in the optimizer's norm.
-        state, measurement, judged, facts = situation
-        current = situation.batch_size
+        state, judged, current = situation.state, situation.judged, situation.batch_size
         if state.smoothed is None:
             return hold("hold_no_reading", f"no {self.estimator} reading yet")
         if judged.unresolved or judged.noise_scale is None:
@@ -76,8 +75,7 @@ class GoodputPolicyConfig(PolicyConfig):
         # The cheapest of the reachable batches beside the optimum, where it is worth a change.
         overhead = min(overhead, float(LARGEST_BATCH_SIZE))
         optimum = math.sqrt(phi * overhead)
-        rules, ranks = facts.rules, measurement.data_parallel_size
-        candidates = {reachable(optimum, rules, ranks, up=up) for up in (False, True)}
+        candidates = {reachable(optimum, situation.grid, up=up) for up in (False, True)}
         best = min(candidates, key=lambda batch: price(batch, noise_scale=phi, overhead_samples=overhead))
         saving = 1 - price(best, noise_scale=phi, overhead_samples=overhead) / price(
             current, noise_scale=phi, overhead_samples=overhead
@@ -116,10 +114,10 @@ def fitted_cost(timings: tuple[StepTiming, ...]) -> StepCost | None:
     fixed = (sum_a * bb - sum_b * ab) / determinant
     per_sample = (sum_b * aa - sum_a * ab) / determinant
     if fixed < 0:
-        return StepCost(0.0, sum_b / bb)
+        return StepCost(fixed_seconds=0.0, per_sample_seconds=sum_b / bb)
     if per_sample < 0:
-        return StepCost(sum_a / aa, 0.0)
-    return StepCost(fixed, per_sample)
+        return StepCost(fixed_seconds=sum_a / aa, per_sample_seconds=0.0)
+    return StepCost(fixed_seconds=fixed, per_sample_seconds=per_sample)
 
 
 def price(batch_size: float, *, noise_scale: float, overhead_samples: float) -> float:
