@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from gns_controller.core.errors import GnsError, InvalidInputError
+from gns_controller.core.errors import InvalidInputError, PortTakenError
 from gns_controller.core.policies import plug_ins
 from gns_controller.service.controller import Controller
 from gns_controller.service.metrics import Metrics
@@ -27,10 +27,6 @@ logger = logging.getLogger(__name__)
 
 _SHUTDOWN_SECONDS = 2
 """Requests still open this long after SIGTERM are cut off."""
-
-
-class PortTakenError(GnsError):
-    """Somebody listens there already."""
 
 
 class _Server(uvicorn.Server):

@@ -9,8 +9,11 @@ GnsError
 ├── SelfTestError                       gradients are not what measuring relies on; parameters are named
 ├── PlanDivergedError                   two ranks hold different plans: training must stop
 ├── MissingDependencyError (ImportError)  the message carries the `pip install` line
-├── PolicyPlugInError               a policy of another package is not installed here, cannot be loaded, or failed
-├── RunError                            the service knows the request but not like this
+├── PolicyPlugInError                   a policy of another package is not installed here, cannot be loaded, or failed
+├── PortTakenError                      another program listens where the service should
+├── JobError                            a training job of a calibration failed; the message names its log
+├── DemoError                           a process of the demonstration failed; the message names its log
+├── RunError                            a request about a run that cannot be served
 │   ├── UnknownRunError
 │   │   └── UnknownAttemptError         the database was restored from before its registration
 │   ├── RunConflictError                the run exists with another specification
@@ -76,6 +79,18 @@ class PolicyPlugInError(GnsError):
         super().__init__(sentence + explained)
         self.sentence = sentence
         """The message without the text of the cause, which may hold a path of this machine."""
+
+
+class PortTakenError(GnsError):
+    """Another program listens on the port already."""
+
+
+class JobError(GnsError):
+    """A training job of a calibration failed; the message names its log."""
+
+
+class DemoError(GnsError):
+    """A process of the demonstration failed; the message names its log."""
 
 
 class RunError(GnsError):

@@ -19,7 +19,7 @@ from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.policies import KEEP_UNKNOWN, AnyPolicyConfig
 from gns_controller.core.runs import RunSpecification
 from gns_controller.recordings.recording import ImportDefaults, Limits, Recording, lines_of, shown
-from gns_controller.recordings.tables import Row, table_recording
+from gns_controller.recordings.tables import Row, Table, table_recording
 
 
 class ExportedRun(FrozenModel):
@@ -162,16 +162,8 @@ def read_json_lines(
         names.update(dict.fromkeys(row.cells))
         limits.check_columns(len(names), source=source)
         limits.check_rows(row.number, source=source)
-    return table_recording(
-        rows(),
-        names=names,
-        source=source,
-        name=path.stem,
-        columns=columns,
-        defaults=defaults,
-        limits=limits,
-        unit="line",
-    )
+    table = Table(rows(), names=names, source=source, name=path.stem, unit="line")
+    return table_recording(table, columns=columns, defaults=defaults, limits=limits)
 
 
 def _object(line: str, where: str) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Make checkpoints if none are given, branch from each, and tell what came out.
+"""Make checkpoints if none are given, branch from each, and report the results.
 
 Finished jobs of the same settings that lie in the output folder are read, not run again.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 
 from gns_controller.core.batch_arithmetic import BatchGrid
 from gns_controller.core.errors import InvalidInputError, MissingDependencyError
@@ -27,7 +27,8 @@ from gns_controller.experiments.calibration.results import (
     policy_document,
     typical_theta,
 )
-from gns_controller.experiments.calibration.tables import tell
+from gns_controller.experiments.calibration.tables import print_results
+from gns_controller.experiments.progress import progress_bars
 from gns_controller.experiments.subprocesses import end_on_signals
 
 STEPS_BETWEEN_MEASUREMENTS = 3
@@ -114,16 +115,7 @@ def run_calibration(settings: CalibrationSettings, console: Console) -> dict[str
     settings.output.mkdir(parents=True, exist_ok=True)
     bases = _base_jobs(settings)
     probes = [_probe(settings, path, number) for number, path in enumerate(settings.checkpoints)]
-    columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>4.0f} %"),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    with Progress(*columns, console=console) as progress:
+    with progress_bars(console) as progress:
         bar = _Bar(progress, num_samples=sum(base.num_samples for base in bases))
         for base in bases:
             bar.run(base)
@@ -144,7 +136,7 @@ def _report(settings: CalibrationSettings, results: Sequence[CheckpointResult], 
         "policy": policy,
     }
     (settings.output / "calibration.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    tell(results, console, tolerance=settings.tolerance)
+    print_results(results, console, tolerance=settings.tolerance)
     console.print(f"Numbers: {settings.output / 'calibration.json'}", soft_wrap=True)
     if policy is not None:
         policy_path = settings.output / "critical_batch_table.json"
