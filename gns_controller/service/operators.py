@@ -22,7 +22,7 @@ from gns_controller.core.errors import (
 )
 from gns_controller.core.policies import AnyPolicyConfig
 from gns_controller.core.policies.guards import LARGEST_BATCH_SIZE
-from gns_controller.core.runs import Control, ControlAction, PolicyView, RunSpecification, RunState
+from gns_controller.core.runs import Control, ControlAction, RunSpecification
 from gns_controller.store import ControlBody, NewEntry, RunHead, Transaction, registration_of
 
 
@@ -133,11 +133,6 @@ def check_for(specification: RunSpecification, policy: AnyPolicyConfig) -> None:
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         raise InvalidInputError(str(fault.get("ctx", {}).get("error", fault["msg"]))) from None
-
-
-def policy_view(head: RunHead, *, state: RunState) -> PolicyView:
-    """Return the run's control as the API shows it."""
-    return PolicyView(**dict(head.control), run_id=head.run_id, state=state, changed_at=head.controlled_at)
 
 
 def _refuse_beyond_budget(pinned: int, head: RunHead) -> None:

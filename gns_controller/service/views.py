@@ -1,4 +1,4 @@
-"""What people are shown of a run: its state, its view, its schedule. Pure; the caller brings the time."""
+"""Views of a run: its state, its control, its schedule, its metrics. Pure; the caller brings the time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from gns_controller.core.contract import BatchPlan
 from gns_controller.core.policies import PolicyState
 from gns_controller.core.projection import Projection, Savings, advised_data_parallel_size, savings
-from gns_controller.core.runs import RunState, RunView, ScheduleView
+from gns_controller.core.runs import PolicyView, RunState, RunView, ScheduleView
 from gns_controller.service.metrics import LiveRun
 from gns_controller.store import LogEntry, RunHead, registration_of
 
@@ -17,7 +17,7 @@ _SILENT_GAPS = 10.0
 
 
 def run_state(head: RunHead, *, now: datetime, silent_after_seconds: float) -> RunState:
-    """What the run seems to be doing, judged by its reports alone."""
+    """Return what the run seems to be doing, judged by its reports alone."""
     measurement = head.last_measurement
     if measurement is None or head.last_report_at is None:
         return "registered"
@@ -31,7 +31,7 @@ def run_state(head: RunHead, *, now: datetime, silent_after_seconds: float) -> R
 
 
 def view_of(head: RunHead, *, state: RunState) -> RunView:
-    """The run as lists and the page show it."""
+    """Return the run as lists and the page show it."""
     measurement = head.last_measurement
     return RunView(
         **dict(head.control),
@@ -52,8 +52,13 @@ def view_of(head: RunHead, *, state: RunState) -> RunView:
     )
 
 
+def policy_view(head: RunHead, *, state: RunState) -> PolicyView:
+    """Return the run's control as the API shows it."""
+    return PolicyView(**dict(head.control), run_id=head.run_id, state=state, changed_at=head.controlled_at)
+
+
 def live_run_of(head: RunHead, *, state: RunState, steps_left: int | None) -> LiveRun:
-    """The run as /metrics shows it."""
+    """Return the run as /metrics shows it."""
     saved = _savings(head)
     plan, measurement = head.state.plan, head.last_measurement
     return LiveRun(
@@ -76,7 +81,7 @@ def live_run_of(head: RunHead, *, state: RunState, steps_left: int | None) -> Li
 
 
 def schedule_view(head: RunHead, plan_changes: Iterable[LogEntry], projection: Projection | None) -> ScheduleView:
-    """The plans that led to the present one, and what is expected to come.
+    """Return the plans that led to the present one, and what is expected to come.
 
     A restart from an older checkpoint undoes the plans beyond it: they are in the decisions, not in the schedule.
     """
