@@ -41,15 +41,15 @@ def examine(read_settings: Callable[[], Settings], *, url: str | None) -> list[F
 
 
 def _versions() -> Finding:
-    found, missing = [f"Python {platform.python_version()}"], []
+    installed, missing = [f"Python {platform.python_version()}"], []
     for package in _PACKAGES:
         try:
-            found.append(f"{package} {version(package)}")
+            installed.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             missing.append(package)
     if missing:
         return Finding("versions", False, f"not installed: {', '.join(missing)}; pip install 'gns-controller[service]'")
-    return Finding("versions", True, ", ".join(found))
+    return Finding("versions", True, ", ".join(installed))
 
 
 def _policies() -> Finding:

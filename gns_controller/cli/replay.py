@@ -1,4 +1,4 @@
-"""Replay of recordings: what they do not say comes from options, and the report becomes a table."""
+"""Replay of recordings: what they do not hold comes from options, and the report becomes a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from gns_controller.cli.api_client import Remote, read_as, run_path
+from gns_controller.cli.api_client import ControllerClient, read_as, run_path
 from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import Estimator, Geometry, NoiseScaleMeasurement
 from gns_controller.core.errors import InvalidInputError
@@ -25,7 +25,7 @@ _BETAS = ("noise_beta", "signal_beta")
 
 
 class BatchOptions(NamedTuple):
-    """What a recording without a specification does not say; None: as its first measurement has it."""
+    """Options for a recording without a specification; None: as its first measurement has it."""
 
     batch_size: int | None = None
     micro_batch_size: int | None = None
@@ -39,7 +39,7 @@ class BatchOptions(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """What came out, and what was assumed, one sentence each."""
+    """The report of a replay, and the assumptions behind it, one sentence each."""
 
     report: ReplayReport
     notes: list[str]
@@ -48,7 +48,7 @@ class Replayed(NamedTuple):
 
 
 def is_recording(name: str) -> bool:
-    """Whether this names something to read, and not a run: it exists, or is written as only a path is."""
+    """Return whether a name is that of a file or folder, not of a run: it exists, or is written as only a path is."""
     if "/" in name or Path(name).suffix in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".wandb"):
         return True
     try:
@@ -85,9 +85,9 @@ def replay_run(
 ) -> Replayed:
     """Let the controller of a run replay it."""
     body = {"policy": policy and policy.model_dump(mode="json"), "follow_trainer": follow_trainer}
-    with Remote(url, token) as remote:
-        report = read_as(ReplayReport, remote.replay(run_id, body))
-        last = remote.get(run_path(run_id))["last_decision"] if policy is None else None
+    with ControllerClient(url, token) as client:
+        report = read_as(ReplayReport, client.replay(run_id, body))
+        last = client.get(run_path(run_id))["last_decision"] if policy is None else None
     return Replayed(report, [], last["policy_revision"] if last else 0)
 
 
@@ -102,15 +102,16 @@ def replay_recording(
 
     Args:
         recording: what to fold over.
-        policy: what to ask; what it was not told of readings is taken from a recording without a specification.
+        policy: the policy to replay. Where its document leaves out which readings to follow, they are taken from a
+            recording without a specification.
         options: for a recording without a specification, and only for those.
         follow_trainer: see `core.replay.replay`; None: as the service did it for what ran, not at all otherwise.
 
     Raises:
-        InvalidInputError: there is no policy to ask, it cannot steer this run or use its readings, or options say what
-            the recording says.
+        InvalidInputError: no policy is given or recorded, it cannot steer this run or use its readings, or options
+            repeat what the recording holds.
     """
-    asked = policy is not None
+    is_what_ran = policy is None
     notes = list(recording.notes)
     specification = recording.specification
     if specification is None:
@@ -146,16 +147,16 @@ def replay_recording(
             "this policy leads to a plan that cannot be written down: the recording's counts are too large for it, or "
             "its numbers are extreme."
         ) from None
-    return Replayed(report, notes, 0 if asked else _num_commands(recording))
+    return Replayed(report, notes, _num_commands(recording) if is_what_ran else 0)
 
 
 def events_of(recording: Recording) -> Iterator[Event]:
-    """Measurements, and what happened between them.
+    """Yield measurements, and what happened between them.
 
     Where that was not recorded, each attempt goes on from the last step before its first.
 
     Raises:
-        InvalidInputError: something between the measurements is nothing that we know.
+        InvalidInputError: an event between the measurements is not one of this version.
     """
     controls = [_control(control) for control in recording.controls]
     says_attempts = any(isinstance(event, Resumed) for event in controls)
@@ -171,7 +172,7 @@ def events_of(recording: Recording) -> Iterator[Event]:
 
 
 def unread(report: ReplayReport) -> str | None:
-    """What to say instead of any sum where no measurement held anything that the policy reads."""
+    """Return the sentence that replaces all sums where no measurement holds anything that the policy reads."""
     if not report.rows or any(row.replayed_reason != "hold_no_reading" for row in report.rows):
         return None
     return (
@@ -181,10 +182,10 @@ def unread(report: ReplayReport) -> str | None:
 
 
 def table_of(report: ReplayReport, *, compared: bool = True, num_commands: int = 0) -> Iterator[str]:
-    """The report for people: where a batch changes, then the sums.
+    """Yield the report as lines of text: where a batch changes, then the sums.
 
     Args:
-        report: what came out.
+        report: of the replay.
         compared: count the decisions that are as recorded; another policy is not expected to make any.
         num_commands: operator commands in what ran.
     """
@@ -229,10 +230,10 @@ def _num_commands(recording: Recording) -> int:
 
 
 def _adapted(recording: Recording, policy: AnyPolicyConfig) -> tuple[AnyPolicyConfig, list[str]]:
-    """The policy, reading what the recording has, where it was not told what to read.
+    """Return the policy, following the readings of the recording where its document leaves them open.
 
     Raises:
-        InvalidInputError: it can use nothing of it.
+        InvalidInputError: the policy can use none of them.
     """
     changes: dict[str, Any] = {}
     notes = []

@@ -84,14 +84,16 @@ class BatchGrid(NamedTuple):
 
     def floor(self, batch_size: float) -> int:
         """Return the largest reachable batch that is not above `batch_size`; the smallest one if all are above."""
-        quantum = self.full_pass if batch_size >= self.full_pass else self.finest
-        return max(int(batch_size // quantum) * quantum, self.finest)
+        full_pass, finest = self.full_pass, self.finest
+        quantum = full_pass if batch_size >= full_pass else finest
+        return max(int(batch_size // quantum) * quantum, finest)
 
     def next(self, batch_size: int) -> int:
         """Return the smallest reachable batch above `batch_size`."""
-        if batch_size >= self.full_pass:
-            return (batch_size // self.full_pass + 1) * self.full_pass
-        return min((batch_size // self.finest + 1) * self.finest, self.full_pass)
+        full_pass, finest = self.full_pass, self.finest
+        if batch_size >= full_pass:
+            return (batch_size // full_pass + 1) * full_pass
+        return min((batch_size // finest + 1) * finest, full_pass)
 
     def factor(self, global_batch_size: int) -> BatchShape:
         """Split a global batch over ranks and backward passes.

@@ -29,7 +29,7 @@ class Resumed(NamedTuple):
 
 
 Event = Resumed | Control | NoiseScaleMeasurement
-"""What a log holds: an attempt that began, a control from an operator that holds from here on, or a measurement."""
+"""A line of a log: an attempt that began, a control that holds from here on, or a measurement."""
 
 
 def replay(

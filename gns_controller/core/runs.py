@@ -41,7 +41,7 @@ ControlAction = Literal["policy", "override", "release"]
 
 
 class Control(FrozenModel):
-    """What decides about a run: a policy, and the override that an operator may have put above it.
+    """The policy in charge of a run, and the override that an operator may have put above it.
 
     Immutable, so that a thread that reads one while another thread replaces it sees all of it or none of it.
     """
@@ -87,11 +87,11 @@ class RunSpecification(FrozenModel):
         initial_plan(self.batch, data_parallel_size=self.data_parallel_size)
         check_policy(self.policy, self.facts)
         geometries = [group.geometry for group in self.parameter_groups]
-        wanted = self.policy.geometry
+        followed = self.policy.geometry
         # The l2 norm can be measured of any group, whatever its own geometry is.
-        if wanted not in (None, "euclidean") and geometries and wanted not in geometries:
+        if followed not in (None, "euclidean") and geometries and followed not in geometries:
             raise ValueError(
-                f"the policy follows geometry {wanted!r}, and no parameter group has it; groups have "
+                f"the policy follows geometry {followed!r}, and no parameter group has it; groups have "
                 f"{', '.join(sorted(set(geometries)))}. Name one of these, or 'euclidean', or set geometry to null."
             )
         check_gains(self.policy, self.facts, geometries)
@@ -115,7 +115,7 @@ class Registration(FrozenModel):
 
 
 class RegistrationReply(Control):
-    """What the controller answers to a registration."""
+    """The controller's answer to a registration."""
 
     run_id: RunId
     attempt: Count
@@ -125,7 +125,7 @@ class RegistrationReply(Control):
 
 
 class IngestReply(FrozenModel):
-    """What the controller answers to measurements, after they are on disk."""
+    """The controller's answer to measurements, after they are on disk."""
 
     accepted: Count
     duplicates: Count
@@ -164,7 +164,7 @@ class RunView(Control):
 
 
 class PolicyView(Control):
-    """What decides about a run: GET /runs/{run_id}/policy, and the answer to every operator command.
+    """The control of a run: GET /runs/{run_id}/policy, and the answer to every operator command.
 
     `policy_revision` is also the ETag.
     """
@@ -214,7 +214,7 @@ class RecordedControl(Control):
 
 
 RecordedEvent = Annotated[RecordedAttempt | RecordedControl, Field(discriminator="action")]
-"""What happened between measurements. With them, in the order of `sequence`, it is all that replay needs."""
+"""An event between measurements. With them, in the order of `sequence`, these are all that replay needs."""
 
 
 class ControlPage(FrozenModel):

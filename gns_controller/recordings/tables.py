@@ -38,7 +38,7 @@ class Table(NamedTuple):
     """A table of another tool, whatever its format."""
 
     rows: Iterable[Row]
-    """In order of optimizer_step; where it goes back, another attempt begins."""
+    """The rows, in order of optimizer_step; where it goes back, another attempt begins."""
     names: Iterable[str]
     """Names of the columns."""
     source: str
@@ -46,7 +46,7 @@ class Table(NamedTuple):
     name: str
     """The run id is made of it, unless the defaults have one."""
     unit: str = "row"
-    """What `Row.number` counts, for errors."""
+    """Unit that `Row.number` counts, for errors."""
     notes: Iterable[str] = ()
     """Sentences that the recording begins its notes with."""
 

@@ -120,7 +120,7 @@ class Controller:
     # ---------------------------------------------------------------- reads
 
     def view(self, run_id: str) -> RunView:
-        """Return one run.
+        """Return the view of one run.
 
         Raises:
             UnknownRunError: no run has this name. So it is for every question about one run.
@@ -132,7 +132,7 @@ class Controller:
         return self._queries.views(limit=limit, before=before)
 
     def policy(self, run_id: str) -> PolicyView:
-        """Return what decides about a run."""
+        """Return the control of a run."""
         return self._queries.policy(run_id)
 
     def entries(

@@ -9,8 +9,20 @@ from pydantic import ValidationError
 from gns_controller.core.contract import Decision
 from gns_controller.core.errors import DatabaseCorruptError
 from gns_controller.core.replay import Event, Resumed
-from gns_controller.core.runs import RecordedAttempt, RecordedControl
+from gns_controller.core.runs import RecordedAttempt, RecordedControl, RecordedDecision, RecordedMeasurement
 from gns_controller.store import LogEntry, control_of, measurement_of, registration_of
+
+
+def recorded_measurement(entry: LogEntry) -> RecordedMeasurement:
+    """Return the measurement of a log line as the API shows it."""
+    return RecordedMeasurement(
+        sequence=entry.sequence, received_at=entry.at, measurement=measurement_of(entry).measurement
+    )
+
+
+def recorded_decision(entry: LogEntry) -> RecordedDecision:
+    """Return the decision on a log line's measurement as the API shows it."""
+    return RecordedDecision(sequence=entry.sequence, decided_at=entry.at, decision=measurement_of(entry).decision)
 
 
 def recorded_event(entry: LogEntry) -> RecordedAttempt | RecordedControl:

@@ -65,7 +65,7 @@ class RunQueries:
         return run_state(head, now=self._clock(), silent_after_seconds=self._limits.silent_after_seconds)
 
     def view(self, run_id: str) -> RunView:
-        """Return one run."""
+        """Return the view of one run."""
         head = self._head(run_id)
         return view_of(head, state=self.state_of(head))
 
@@ -75,7 +75,7 @@ class RunQueries:
         return [(head.registered_sequence, view_of(head, state=self.state_of(head))) for head in heads]
 
     def policy(self, run_id: str) -> PolicyView:
-        """Return what decides about a run."""
+        """Return the control of a run."""
         head = self._head(run_id)
         return policy_view(head, state=self.state_of(head))
 

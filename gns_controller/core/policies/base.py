@@ -90,7 +90,7 @@ class PolicyConfig(Guards):
         policy: str
 
     open_loop: ClassVar[bool] = False
-    """Whether the policy proposes without readings, too; others hold after a measurement that has none for them."""
+    """True for a policy that proposes without readings, too; others hold after a measurement that has none for them."""
     needs: ClassVar[PolicyNeeds] = PolicyNeeds()
     """Measurements that the policy cannot do without."""
 
@@ -120,7 +120,7 @@ class PolicyConfig(Guards):
 
     @property
     def follows_schedule(self) -> bool:
-        """Whether decisions depend on the decay of the learning rate."""
+        """True where decisions depend on the decay of the learning rate."""
         return self.decay != "follow"
 
     def check(self, facts: RunFacts) -> None:

@@ -10,7 +10,7 @@ from gns_controller.experiments.figures import ESTIMATOR_COLOURS, new_figure, sa
 
 
 def plot_results(results: Sequence[CheckpointResult], path: Path, *, tolerance: float) -> None:
-    """Write a PNG.
+    """Draw the results and write a PNG.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.

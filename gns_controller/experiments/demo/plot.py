@@ -12,7 +12,7 @@ COLOURS = ("#5b6573", "#9aa3ad", ESTIMATOR_COLOURS["rank_variance"], ESTIMATOR_C
 
 
 def plot_results(results: list[RunResult], path: Path, *, subtitle: str) -> None:
-    """Write a PNG.
+    """Draw the results and write a PNG.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.

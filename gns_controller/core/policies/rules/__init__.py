@@ -26,6 +26,6 @@ POLICIES: tuple[type[PolicyConfig], ...] = (
     InnerProductTestPolicyConfig,
     GoodputPolicyConfig,
 )
-"""In the order of the documents."""
+"""The built-in policies, in the order of the documents."""
 
 BUILT_IN_NAMES = tuple(str(policy.model_fields["policy"].default) for policy in POLICIES)

@@ -32,7 +32,7 @@ class DecayToRampPolicyConfig(PolicyConfig):
 
     @property
     def follows_schedule(self) -> bool:
-        """Whether decisions depend on the decay of the learning rate: always, it is what the batch follows."""
+        """True: the decay of the learning rate is what the batch follows."""
         return True
 
     def check(self, facts: RunFacts) -> None:
