@@ -133,7 +133,7 @@ def test_a_fold_never_sees_half_an_answer(service: Any, tmp_path: Path) -> None:
         client.close(deadline_seconds=10)
 
 
-def test_a_policy_that_is_not_installed_here_leaves_local_decisions_to_the_policy_before(
+def test_policy_that_is_not_installed_leaves_local_decisions_to_the_one_before(
     service: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An operator may set a policy of a package that the controller has and this trainer has not."""

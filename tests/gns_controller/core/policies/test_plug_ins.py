@@ -154,7 +154,7 @@ def python(script: str, *, pythonpath: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_a_plug_in_decides_shows_and_replays_like_a_built_in_policy(acme: Site, tmp_path: Path) -> None:
+def test_plug_in_decides_shows_and_replays_like_a_built_in_policy(acme: Site, tmp_path: Path) -> None:
     server = serving(tmp_path, pythonpath=acme.path())
     try:
         assert server.http.put(RUN, json=registration(policy=POLICY)).status_code == 201
@@ -176,7 +176,10 @@ def test_a_plug_in_decides_shows_and_replays_like_a_built_in_policy(acme: Site, 
         assert (again["num_equal"], again["num_compared"]) == (2, 2)
         body = {"policy": {**POLICY, "share": 0.75}}
         assert server.http.post(f"{RUN}/replay", json=body).json()["rows"][0]["replayed_batch_size"] == 48
-        schemas = server.http.get("/openapi.json").json()["components"]["schemas"]
+        document = server.http.get("/openapi.json")
+        schemas = document.json()["components"]["schemas"]
+        named = set(re.findall(r'"#/components/schemas/([^"]+)"', document.text))
+        assert named <= set(schemas)
         union = schemas["RunSpecification-Input"]["properties"]["policy"]
         reference = "#/components/schemas/NoiseSharePolicyConfig-Input"
         assert union["discriminator"]["mapping"]["noise_share"] == reference
@@ -253,7 +256,7 @@ def test_runs_of_a_package_that_is_gone_are_shown_and_nothing_is_decided_or_lost
         server.stop()
 
 
-def test_a_broken_package_breaks_no_built_in_policy_and_is_named(acme: Site, broken: Site, tmp_path: Path) -> None:
+def test_broken_package_is_named_and_breaks_no_built_in_policy(acme: Site, broken: Site, tmp_path: Path) -> None:
     server = serving(tmp_path, pythonpath=acme.path(broken))
     try:
         assert server.http.put("/api/v1/runs/other", json=registration()).status_code == 201
@@ -339,7 +342,7 @@ print(read_policy('{"policy": "noise_scale"}').policy)
     assert output.endswith("\nnoise_scale\n")
 
 
-def test_a_trainer_folds_a_plug_in_and_nothing_is_loaded_before_one_is_named(acme: Site, tmp_path: Path) -> None:
+def test_trainer_folds_a_plug_in_that_is_loaded_once_it_is_named(acme: Site, tmp_path: Path) -> None:
     script = """
 import sys
 import torch

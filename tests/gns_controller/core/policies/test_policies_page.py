@@ -69,6 +69,13 @@ def test_every_shared_field_is_there_with_its_default() -> None:
     read_policy(example)
 
 
+def test_the_page_for_plug_ins_names_everything_that_a_policy_declares() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "guide" / "policy-plug-in.md").read_text()
+    [table] = re.findall(r"^## What a policy may do\n(.*?)^## ", page, re.MULTILINE | re.DOTALL)
+    declared = {name for name in vars(PolicyConfig) if not name.startswith("_")} - {"model_config"}
+    assert set(re.findall(r"^\| `([a-z_]+)", table, re.MULTILINE)) == {"policy", *declared}
+
+
 def test_every_reason_and_every_coupling_is_there_and_no_other() -> None:
     rows = re.findall(r"^\| `([a-z_]+)` \|", section("Reasons"), re.MULTILINE)
     assert sorted(rows) == sorted(get_args(Reason))
