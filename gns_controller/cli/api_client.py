@@ -1,4 +1,4 @@
-"""A controller over HTTP, as the commands talk to it, and the export of a run."""
+"""The HTTP client of the commands, and the export of a run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from gns_controller.core.errors import GnsError, InvalidInputError
+from gns_controller.core.policies import KEEP_UNKNOWN
 from gns_controller.recordings import ExportedMeasurement, ExportedRun, export_lines
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -20,21 +21,21 @@ _PAGE = 1000
 
 
 class _Answer(dict[str, Any]):
-    """An object of an answer; whoever lacks a field that we read is no controller of ours."""
+    """An object of an answer; one that lacks a field we read is not from a controller of this version."""
 
     def __missing__(self, key: str) -> Any:
         raise GnsError(f"the answer has no {key!r}: --url does not lead to a controller, or to one of another version.")
 
 
-class Remote:
-    """A controller at this address. Close it, or use it as a context.
+class ControllerClient:
+    """Requests to the controller at one address; a context to enter.
 
     Args:
         url: with scheme.
         token: bearer token; empty for none.
 
     Raises:
-        InvalidInputError: this is no address.
+        InvalidInputError: the URL is not an address.
     """
 
     def __init__(self, url: str, token: str) -> None:
@@ -51,15 +52,15 @@ class Remote:
         self._client.close()
 
     def get(self, path: str, **parameters: Any) -> dict[str, Any]:
-        """One resource.
+        """Return one resource as JSON.
 
         Raises:
-            GnsError: nobody answers, or with a problem.
+            GnsError: no controller answers, or it answers with a problem.
         """
         return self._request("GET", path, params=parameters)
 
     def pages(self, path: str, **parameters: Any) -> Iterator[dict[str, Any]]:
-        """Every item of a list, page after page."""
+        """Yield every item of a list, page after page."""
         cursor: dict[str, str] = {}
         while True:
             page = self.get(path, limit=_PAGE, **cursor, **parameters)
@@ -68,8 +69,8 @@ class Remote:
                 return
             cursor = {"cursor": page["next_cursor"]}
 
-    def speak(self, method: str, run_id: str, what: str, *, note: str = "", body: Any = None) -> dict[str, Any]:
-        """Change a run's policy or override, unless somebody else does meanwhile; the answer says who decides now."""
+    def change(self, method: str, run_id: str, what: str, *, note: str = "", body: Any = None) -> dict[str, Any]:
+        """Change a run's policy or override and return its control; refused if another command comes first."""
         path = run_path(run_id)
         revision = self.get(f"{path}/policy")["policy_revision"]
         return self._request(
@@ -81,7 +82,7 @@ class Remote:
         )
 
     def replay(self, run_id: str, body: dict[str, Any]) -> dict[str, Any]:
-        """A replay by the controller, however long it takes."""
+        """Let the controller replay a run, however long it takes."""
         return self._request("POST", f"{run_path(run_id)}/replay", json=body, timeout=_REPLAY_SECONDS)
 
     def _request(self, method: str, path: str, **options: Any) -> dict[str, Any]:
@@ -100,7 +101,7 @@ class Remote:
 
 
 def is_address(url: str) -> bool:
-    """Whether a request can be sent there at all: it names scheme and host."""
+    """Return whether a URL names scheme and host, so that a request can be sent there."""
     try:
         address = httpx.URL(url)
     except httpx.InvalidURL:
@@ -109,13 +110,13 @@ def is_address(url: str) -> bool:
 
 
 def read_as(model: type[Model], answer: dict[str, Any]) -> Model:
-    """An answer of the controller as what it should be.
+    """Read an answer of the controller as a model.
 
     Raises:
-        GnsError: it is something else.
+        GnsError: the answer is something else.
     """
     try:
-        return model.model_validate(answer)
+        return model.model_validate(answer, context=KEEP_UNKNOWN)
     except ValidationError:
         raise GnsError(
             "the controller's answer has fields that this version does not know, or lacks some: it is of another "
@@ -124,37 +125,37 @@ def read_as(model: type[Model], answer: dict[str, Any]) -> Model:
 
 
 def run_path(run_id: str) -> str:
-    """Path of a run in the API."""
+    """Return the path of a run in the API."""
     return f"/api/v1/runs/{quote(run_id, safe='')}"
 
 
-def decision_shown(remote: Remote, view: dict[str, Any]) -> dict[str, Any]:
-    """The last decision; of a finished run the last one with a reading, for the report at its end has none."""
+def decision_shown(client: ControllerClient, view: dict[str, Any]) -> dict[str, Any]:
+    """Return the last decision; of a finished run the last one with a reading, for the report at its end has none."""
     last: dict[str, Any] = view["last_decision"] or {}
     if view["state"] == "finished" and last.get("reason") == "hold_no_reading":
-        page = remote.get(f"{run_path(view['run_id'])}/decisions", order="desc", limit=100)
+        page = client.get(f"{run_path(view['run_id'])}/decisions", order="desc", limit=100)
         decisions = (item["decision"] for item in page["items"])
         return next((decision for decision in decisions if decision["reason"] != "hold_no_reading"), last)
     return last
 
 
-def exported(remote: Remote, run_id: str) -> Iterator[str]:
-    """The lines of a run's export, as it is now: later measurements of a run that goes on are left out."""
+def exported(client: ControllerClient, run_id: str) -> Iterator[str]:
+    """Yield the lines of a run's export, as it is now: later measurements of a run that goes on are left out."""
     path = run_path(run_id)
-    newest = remote.get(f"{path}/measurements", limit=1, order="desc")["items"]
+    newest = client.get(f"{path}/measurements", limit=1, order="desc")["items"]
     until = newest[0]["sequence"] if newest else -1
-    view = remote.get(path)
+    view = client.get(path)
     run = read_as(ExportedRun, {key: view[key] for key in ("run_id", "specification", "policy", "policy_revision")})
-    controls = [{"kind": "control", **item} for item in remote.pages(f"{path}/controls")]
-    yield from export_lines(run, _in_order(remote, path, controls, until=until))
+    controls = [{"kind": "control", **item} for item in client.pages(f"{path}/controls")]
+    yield from export_lines(run, _in_order(client, path, controls, until=until))
 
 
 def _in_order(
-    remote: Remote, path: str, controls: list[dict[str, Any]], *, until: int
+    client: ControllerClient, path: str, controls: list[dict[str, Any]], *, until: int
 ) -> Iterator[ExportedMeasurement | dict[str, Any]]:
     waiting = iter(controls)
     control = next(waiting, None)
-    measured = zip(remote.pages(f"{path}/measurements"), remote.pages(f"{path}/decisions"), strict=False)
+    measured = zip(client.pages(f"{path}/measurements"), client.pages(f"{path}/decisions"), strict=False)
     for measurement, decision in measured:
         if measurement["sequence"] > until:
             break

@@ -1,6 +1,6 @@
-"""How every command speaks: exit codes, one sentence for what goes wrong, options that many commands share.
+"""Output that commands share: exit codes, one sentence for what goes wrong, and the parts of a run in one line each.
 
-Also what a run's parts read like in one line; they arrive as the JSON of an answer.
+Runs arrive as the JSON of an answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from gns_controller.core.errors import GnsError, InvalidInputError, MissingDependencyError, StoreError
+from gns_controller.core.errors import GnsError, InvalidInputError, MissingDependencyError, PortTakenError, StoreError
 
 EXIT_WRONG = 1
 EXIT_USAGE = 2
@@ -43,8 +43,10 @@ def sentences() -> Iterator[None]:
         leave(EXIT_DATABASE, str(error))
     except InvalidInputError as error:
         leave(EXIT_USAGE, str(error))
+    except PortTakenError as error:
+        leave(EXIT_PORT, str(error))
     except GnsError as error:
-        leave(EXIT_PORT if type(error).__name__ == "PortTakenError" else EXIT_WRONG, str(error))
+        leave(EXIT_WRONG, str(error))
 
 
 def leave(code: int, sentence: str) -> NoReturn:
@@ -54,32 +56,32 @@ def leave(code: int, sentence: str) -> NoReturn:
 
 
 def batch_in_force(view: dict[str, Any]) -> int:
-    """Of the trainer: the plan's, except in shadow mode, where plans change nothing."""
+    """Return the trainer's batch: the plan's, except in shadow mode, where plans change nothing."""
     if view["specification"]["mode"] != "shadow":
         return int(view["plan"]["global_batch_size"])
     return int((view["last_measurement"] or view["specification"]["batch"])["global_batch_size"])
 
 
 def print_json(value: object) -> None:
-    """For --json."""
+    """Print a value as --json asks for it."""
     print(json.dumps(value, indent=2))
 
 
 def printable(text: str) -> str:
-    """What somebody else wrote, without the characters that a terminal obeys."""
+    """Return foreign text without the characters that control a terminal."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def override_text(override: dict[str, Any] | None) -> str:
-    """An operator's word, with its note."""
+    """Return an override with its note, in words."""
     if override is None:
         return "none"
-    said = "hold" if override["kind"] == "hold" else f"pin {override['global_batch_size']} samples"
-    return f"{said} ({printable(override['note'])})" if override["note"] else said
+    kind = "hold" if override["kind"] == "hold" else f"pin {override['global_batch_size']} samples"
+    return f"{kind} ({printable(override['note'])})" if override["note"] else kind
 
 
 def ahead_text(projection: dict[str, Any] | None) -> tuple[str, str]:
-    """Steps left with their interval, and the batches that are expected."""
+    """Return the steps left with their interval, and the batches that are expected, in words."""
     if projection is None:
         return "-", "-"
     left = projection["steps_left"]
@@ -88,18 +90,18 @@ def ahead_text(projection: dict[str, Any] | None) -> tuple[str, str]:
     for before, stage in itertools.pairwise(stages):
         if stage["global_batch_size"] != before["global_batch_size"]:
             changes.append((stage["global_batch_size"], stage["samples_seen"]))
-    told = [f"{batch} from {samples}" for batch, samples in changes]
-    if len(told) > _MOST_STAGES:
-        told = [*told[: _MOST_STAGES - 1], f"... {told[-1]}"]
-    if not told:
+    batches = [f"{batch} from {samples}" for batch, samples in changes]
+    if len(batches) > _MOST_STAGES:
+        batches = [*batches[: _MOST_STAGES - 1], f"... {batches[-1]}"]
+    if not batches:
         return f"{left['expected']}{interval}", "no change"
     batch, samples = changes[0]
-    told[0] = f"{batch} samples from {samples} on"
-    return f"{left['expected']}{interval}", ", ".join(told)
+    batches[0] = f"{batch} samples from {samples} on"
+    return f"{left['expected']}{interval}", ", ".join(batches)
 
 
 def savings_text(savings: dict[str, Any] | None) -> str:
-    """What the ramp so far was worth."""
+    """Return what the ramp so far has saved, in words."""
     if savings is None:
         return "-"
     against = f"{savings['steps_saved']} of {savings['constant_steps']} at {savings['constant_batch_size']} samples"
@@ -108,7 +110,7 @@ def savings_text(savings: dict[str, Any] | None) -> str:
 
 
 def noise_scale_text(decision: dict[str, Any]) -> str:
-    """Noise scale and interval of a decision."""
+    """Return the noise scale of a decision and its interval, in words."""
     value, low, high = (decision.get(name) for name in ("noise_scale", "noise_scale_low", "noise_scale_high"))
     shown = "-" if value is None else f"{value:.4g} samples"
     if low is not None:

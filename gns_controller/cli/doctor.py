@@ -1,4 +1,4 @@
-"""What could be wrong on this machine, looked at one by one. Nothing here raises for what it finds."""
+"""Checks of this machine, one finding each. A check that fails is a finding, never an exception."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import httpx
 
 from gns_controller.core.errors import GnsError
+from gns_controller.core.policies import POLICIES, plug_ins
 from gns_controller.service.settings import Settings
 from gns_controller.store.administration import check_database
 
@@ -17,7 +18,7 @@ _PACKAGES = ("gns-controller", "pydantic", "fastapi", "uvicorn", "sqlalchemy", "
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The outcome of one check."""
 
     name: str
     ok: bool
@@ -25,8 +26,8 @@ class Finding(NamedTuple):
 
 
 def examine(read_settings: Callable[[], Settings], *, url: str | None) -> list[Finding]:
-    """Everything that can be looked at from here."""
-    findings = [_versions()]
+    """Make every check that can be made from here."""
+    findings = [_versions(), _policies()]
     try:
         settings = read_settings()
     except GnsError as error:
@@ -40,15 +41,25 @@ def examine(read_settings: Callable[[], Settings], *, url: str | None) -> list[F
 
 
 def _versions() -> Finding:
-    found, missing = [f"Python {platform.python_version()}"], []
+    installed, missing = [f"Python {platform.python_version()}"], []
     for package in _PACKAGES:
         try:
-            found.append(f"{package} {version(package)}")
+            installed.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             missing.append(package)
     if missing:
         return Finding("versions", False, f"not installed: {', '.join(missing)}; pip install 'gns-controller[service]'")
-    return Finding("versions", True, ", ".join(found))
+    return Finding("versions", True, ", ".join(installed))
+
+
+def _policies() -> Finding:
+    added = plug_ins()
+    usable = [f"{plug_in.name} ({plug_in.distribution})" for plug_in in added if plug_in.problem is None]
+    problems = [
+        f"{plug_in.problem}{f' {plug_in.cause}' if plug_in.cause else ''}" for plug_in in added if plug_in.problem
+    ]
+    detail = f"{len(POLICIES)} built in, from other packages: {', '.join(usable) or 'none'}"
+    return Finding("policies", not problems, "; ".join([detail, *problems]))
 
 
 def _exposure(settings: Settings) -> Finding:
@@ -71,7 +82,7 @@ def _controller(url: str) -> Finding:
     try:
         response = httpx.get(url.rstrip("/") + "/readyz", timeout=10.0, trust_env=False)
     except (httpx.HTTPError, httpx.InvalidURL):
-        return Finding("controller", False, f"nobody answers at {url}")
+        return Finding("controller", False, f"no controller answers at {url}")
     if response.status_code == 200:
         return Finding("controller", True, f"ready at {url}")
     return Finding("controller", False, f"answers {response.status_code} at {url}: not ready")

@@ -1,4 +1,4 @@
-"""Replay of recordings: what they do not say comes from options, and the report becomes a table."""
+"""Replay of recordings: what they do not hold comes from options, and the report becomes a table."""
 
 from __future__ import annotations
 
@@ -8,32 +8,24 @@ from typing import Any, NamedTuple, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from gns_controller.cli.api_client import Remote, read_as, run_path
+from gns_controller.cli.api_client import ControllerClient, read_as, run_path
 from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import Estimator, Geometry, NoiseScaleMeasurement
 from gns_controller.core.errors import InvalidInputError
-from gns_controller.core.policies import (
-    OPEN_LOOP,
-    AnyPolicyConfig,
-    DecayToRampPolicyConfig,
-    GoodputPolicyConfig,
-    InnerProductTestPolicyConfig,
-    NoiseScalePolicyConfig,
-    ProgressPolicyConfig,
-)
+from gns_controller.core.policies import KEEP_UNKNOWN, AnyPolicyConfig
 from gns_controller.core.policies.parsing import faults_of
 from gns_controller.core.policies.state_update import followed_readings
 from gns_controller.core.replay import Event, ReplayReport, Resumed, compare
 from gns_controller.core.runs import RecordedEvent, RunSpecification
 from gns_controller.recordings import Format, ImportDefaults, Recording, read_recording
-from gns_controller.service.operators import replay_event
+from gns_controller.service.log_replay import replay_event
 
 _CONTROL: TypeAdapter[RecordedEvent] = TypeAdapter(RecordedEvent)
 _BETAS = ("noise_beta", "signal_beta")
 
 
 class BatchOptions(NamedTuple):
-    """What a recording without a specification does not say; None: as its first measurement has it."""
+    """Options for a recording without a specification; None: as its first measurement has it."""
 
     batch_size: int | None = None
     micro_batch_size: int | None = None
@@ -47,16 +39,16 @@ class BatchOptions(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """What came out, and what was assumed, one sentence each."""
+    """The report of a replay, and the assumptions behind it, one sentence each."""
 
     report: ReplayReport
     notes: list[str]
-    num_words: int = 0
-    """Of operators, before the last measurement; 0 where another policy was asked."""
+    num_commands: int = 0
+    """Operator commands before the last measurement; 0 where another policy was replayed."""
 
 
 def is_recording(name: str) -> bool:
-    """Whether this names something to read, and not a run: it exists, or is written as only a path is."""
+    """Return whether a name is that of a file or folder, not of a run: it exists, or is written as only a path is."""
     if "/" in name or Path(name).suffix in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".wandb"):
         return True
     try:
@@ -93,9 +85,9 @@ def replay_run(
 ) -> Replayed:
     """Let the controller of a run replay it."""
     body = {"policy": policy and policy.model_dump(mode="json"), "follow_trainer": follow_trainer}
-    with Remote(url, token) as remote:
-        report = read_as(ReplayReport, remote.replay(run_id, body))
-        last = remote.get(run_path(run_id))["last_decision"] if policy is None else None
+    with ControllerClient(url, token) as client:
+        report = read_as(ReplayReport, client.replay(run_id, body))
+        last = client.get(run_path(run_id))["last_decision"] if policy is None else None
     return Replayed(report, [], last["policy_revision"] if last else 0)
 
 
@@ -110,15 +102,16 @@ def replay_recording(
 
     Args:
         recording: what to fold over.
-        policy: what to ask; what it was not told of readings is taken from a recording without a specification.
+        policy: the policy to replay. Where its document leaves out which readings to follow, they are taken from a
+            recording without a specification.
         options: for a recording without a specification, and only for those.
         follow_trainer: see `core.replay.replay`; None: as the service did it for what ran, not at all otherwise.
 
     Raises:
-        InvalidInputError: there is no policy to ask, it cannot steer this run or use its readings, or options say what
-            the recording says.
+        InvalidInputError: no policy is given or recorded, it cannot steer this run or use its readings, or options
+            repeat what the recording holds.
     """
-    asked = policy is not None
+    is_what_ran = policy is None
     notes = list(recording.notes)
     specification = recording.specification
     if specification is None:
@@ -154,16 +147,16 @@ def replay_recording(
             "this policy leads to a plan that cannot be written down: the recording's counts are too large for it, or "
             "its numbers are extreme."
         ) from None
-    return Replayed(report, notes, 0 if asked else _num_words(recording))
+    return Replayed(report, notes, _num_commands(recording) if is_what_ran else 0)
 
 
 def events_of(recording: Recording) -> Iterator[Event]:
-    """Measurements, and what happened between them.
+    """Yield measurements, and what happened between them.
 
     Where that was not recorded, each attempt goes on from the last step before its first.
 
     Raises:
-        InvalidInputError: something between the measurements is nothing that we know.
+        InvalidInputError: an event between the measurements is not one of this version.
     """
     controls = [_control(control) for control in recording.controls]
     says_attempts = any(isinstance(event, Resumed) for event in controls)
@@ -179,7 +172,7 @@ def events_of(recording: Recording) -> Iterator[Event]:
 
 
 def unread(report: ReplayReport) -> str | None:
-    """What to say instead of any sum where no measurement held anything that the policy reads."""
+    """Return the sentence that replaces all sums where no measurement holds anything that the policy reads."""
     if not report.rows or any(row.replayed_reason != "hold_no_reading" for row in report.rows):
         return None
     return (
@@ -188,13 +181,13 @@ def unread(report: ReplayReport) -> str | None:
     )
 
 
-def table_of(report: ReplayReport, *, compared: bool = True, num_words: int = 0) -> Iterator[str]:
-    """The report for people: where a batch changes, then the sums.
+def table_of(report: ReplayReport, *, compared: bool = True, num_commands: int = 0) -> Iterator[str]:
+    """Yield the report as lines of text: where a batch changes, then the sums.
 
     Args:
-        report: what came out.
-        compared: say how many decisions are as recorded; of another policy nobody expects it.
-        num_words: of operators, in what ran.
+        report: of the replay.
+        compared: count the decisions that are as recorded; another policy is not expected to make any.
+        num_commands: operator commands in what ran.
     """
     yield f"{'samples':>14} {'happened':>9} {'replayed':>9}  reason"
     before: tuple[int, int] | None = None
@@ -205,8 +198,8 @@ def table_of(report: ReplayReport, *, compared: bool = True, num_words: int = 0)
         before = batches
     yield ""
     share = f" ({report.steps_saved / report.happened_steps:.1%})" if report.happened_steps else ""
-    words = f", as it ran, {num_words} word{'s' * (num_words > 1)} of operators" if num_words else ""
-    yield f"{report.samples} samples, policy {report.policy.policy}{words}"
+    commands = f", as it ran, {num_commands} operator command{'s' * (num_commands > 1)}" if num_commands else ""
+    yield f"{report.samples} samples, policy {report.policy.policy}{commands}"
     nothing = unread(report)
     saved = f", saved {report.steps_saved}{share}" if nothing is None else ""
     yield f"optimizer steps  happened {report.happened_steps}, replayed {report.replayed_steps}{saved}"
@@ -220,15 +213,16 @@ def table_of(report: ReplayReport, *, compared: bool = True, num_words: int = 0)
 
 def _control(control: dict[str, Any]) -> Event:
     try:
-        return replay_event(_CONTROL.validate_python({k: v for k, v in control.items() if k != "kind"}))
+        recorded = _CONTROL.validate_python({k: v for k, v in control.items() if k != "kind"}, context=KEEP_UNKNOWN)
+        return replay_event(recorded)
     except ValidationError:
         raise InvalidInputError(
             "the recording holds a control that this version does not know; was it exported by another version?"
         ) from None
 
 
-def _num_words(recording: Recording) -> int:
-    """Words of operators that some measurement was decided under."""
+def _num_commands(recording: Recording) -> int:
+    """Count the operator commands that some measurement was decided under."""
     placed = zip(recording.controls, recording.control_positions, strict=True)
     return sum(
         control.get("action") != "registered" and position < len(recording.measurements) for control, position in placed
@@ -236,27 +230,27 @@ def _num_words(recording: Recording) -> int:
 
 
 def _adapted(recording: Recording, policy: AnyPolicyConfig) -> tuple[AnyPolicyConfig, list[str]]:
-    """The policy, reading what the recording has, where it was not told what to read.
+    """Return the policy, following the readings of the recording where its document leaves them open.
 
     Raises:
-        InvalidInputError: it can use nothing of it.
+        InvalidInputError: the policy can use none of them.
     """
     changes: dict[str, Any] = {}
     notes = []
-    told = policy.model_fields_set
+    given = policy.model_fields_set
     readings = [reading for measurement in recording.measurements for reading in measurement.readings]
     estimators = {reading.estimator for reading in readings}
     geometries = {reading.geometry for reading in readings}
-    if "estimator" not in told and len(estimators) == 1 and policy.estimator not in estimators:
+    if "estimator" not in given and len(estimators) == 1 and policy.estimator not in estimators:
         changes["estimator"] = estimators.pop()
         notes.append(f"the policy follows estimator {changes['estimator']!r}, the only one in the recording.")
-    if "geometry" not in told and len(geometries) == 1 and policy.geometry not in (None, *geometries):
+    if "geometry" not in given and len(geometries) == 1 and policy.geometry not in (None, *geometries):
         changes["geometry"] = None
         notes.append(
             f"the policy follows geometry {geometries.pop()}, the only one in the recording, and not its own "
             f"{policy.geometry}."
         )
-    if recording.is_averaged and not told.intersection(_BETAS):
+    if recording.is_averaged and not given.intersection(_BETAS):
         changes |= dict.fromkeys(_BETAS, 0.0)
         notes.append("the recording holds averages, so the policy averages no more: noise_beta = signal_beta = 0.")
     try:
@@ -265,12 +259,11 @@ def _adapted(recording: Recording, policy: AnyPolicyConfig) -> tuple[AnyPolicyCo
         fault = faults_of(error)[0]
         where = ".".join(map(str, fault.location))
         raise _unusable(f"{policy.policy} cannot follow {where} {changes.get(where)!r}: {fault.sentence}") from None
-    if readings and not isinstance(adapted, OPEN_LOOP):
+    if readings and not adapted.open_loop:
         _refuse_unreadable(recording, adapted)
-    if recording.is_averaged and isinstance(adapted, NoiseScalePolicyConfig) and adapted.bound == "low":
+    if recording.is_averaged and adapted.interval_use == "decision":
         notes.append("averages spread less than readings: the lower end of their interval is too high.")
-    follows_decay = isinstance(adapted, DecayToRampPolicyConfig) or adapted.decay != "follow"
-    if follows_decay and len({measurement.schedule_factor for measurement in recording.measurements}) == 1:
+    if adapted.follows_schedule and len({measurement.schedule_factor for measurement in recording.measurements}) == 1:
         notes.append("no schedule_factor column, or a constant one: decay is not seen.")
     return adapted, notes
 
@@ -278,29 +271,22 @@ def _adapted(recording: Recording, policy: AnyPolicyConfig) -> tuple[AnyPolicyCo
 def _refuse_unreadable(recording: Recording, policy: AnyPolicyConfig) -> None:
     followed = [reading for measurement in recording.measurements for reading in followed_readings(policy, measurement)]
     if not followed:
-        found = {
+        present = {
             f"{reading.estimator} of the {reading.direction}, {reading.geometry}"
             for measurement in recording.measurements
             for reading in measurement.readings
         }
-        wanted = f"{policy.estimator} of the {policy.direction}, {policy.geometry or 'any geometry'}"
-        raise _unusable(f"it wants {wanted}; there is {'; '.join(sorted(found))}")
-    if isinstance(policy, ProgressPolicyConfig) and all(len(reading.progress_curve) < 2 for reading in followed):
-        raise _unusable("it wants progress at two sub-batches, which only our own export holds")
-    if isinstance(policy, InnerProductTestPolicyConfig) and all(r.inner_product_variance is None for r in followed):
-        raise _unusable("it wants the variance of inner products, which only our own export holds")
-    if recording.is_averaged and policy.signal_beta == 0 and _wants_interval(policy):
+        needed = f"{policy.estimator} of the {policy.direction}, {policy.geometry or 'any geometry'}"
+        raise _unusable(f"it needs {needed}; there is {'; '.join(sorted(present))}")
+    if policy.needs.progress_curve and all(len(reading.progress_curve) < 2 for reading in followed):
+        raise _unusable("it needs progress at two sub-batches, which only our own export holds")
+    if policy.needs.inner_products and all(reading.inner_product_variance is None for reading in followed):
+        raise _unusable("it needs the variance of inner products, which only our own export holds")
+    if recording.is_averaged and policy.signal_beta == 0 and policy.interval_use != "nothing":
         raise _unusable(
             "averages that are not averaged again have no interval, and without one nothing is resolved. Give "
             "noise_beta and signal_beta, or a policy with bound 'estimate' on rank_variance readings"
         )
-
-
-def _wants_interval(policy: AnyPolicyConfig) -> bool:
-    """Split readings are resolved by the standard error of their average; the bound "low" is an end of the interval."""
-    if isinstance(policy, NoiseScalePolicyConfig):
-        return policy.bound == "low" or (policy.estimator == "split" and not policy.act_on_unresolved)
-    return isinstance(policy, GoodputPolicyConfig) and policy.estimator == "split"
 
 
 def _unusable(why: str) -> InvalidInputError:

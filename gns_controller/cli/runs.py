@@ -46,10 +46,10 @@ def run_ls(
 ) -> None:
     """List runs, newest first."""
     with sentences():
-        from gns_controller.cli.api_client import Remote
+        from gns_controller.cli.api_client import ControllerClient
 
-        with Remote(url, token) as remote:
-            page = remote.get("/api/v1/runs", limit=limit)
+        with ControllerClient(url, token) as client:
+            page = client.get("/api/v1/runs", limit=limit)
         if as_json:
             print_json(page["items"])
             return
@@ -69,14 +69,14 @@ def run_ls(
 def run_export(run_id: RunId, url: Url = "http://127.0.0.1:8000", token: Token = "") -> None:
     """Print a run as JSON lines, for `replay` and for keeping: specification, measurements, decisions, controls."""
     with sentences():
-        from gns_controller.cli.api_client import Remote, exported
+        from gns_controller.cli.api_client import ControllerClient, exported
 
         try:
-            with Remote(url, token) as remote:
-                for line in exported(remote, run_id):
+            with ControllerClient(url, token) as client:
+                for line in exported(client, run_id):
                     sys.stdout.write(line)
                 sys.stdout.flush()
-        except BrokenPipeError:  # whoever reads has seen enough
+        except BrokenPipeError:  # the reader has closed the pipe
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - so that the interpreter's last flush does not fail
 
 
@@ -102,21 +102,21 @@ def run_policy(
     if file is not None and assignments:
         raise typer.BadParameter("give either --file or --set, not both.")
     with sentences():
-        from gns_controller.cli.api_client import Remote, run_path
+        from gns_controller.cli.api_client import ControllerClient, run_path
 
         method = "PATCH" if file is None else "PUT"
         body = _assigned(assignments or []) if file is None else _policy(file).model_dump(mode="json")
-        with Remote(url, token) as remote:
+        with ControllerClient(url, token) as client:
             if body:
-                before = remote.get(f"{run_path(run_id)}/policy")["policy"]
-                view = remote.speak(method, run_id, "policy", note=note, body=body)
-                said = _back_at_default(body, view["policy"]) if file is None else []
+                before = client.get(f"{run_path(run_id)}/policy")["policy"]
+                view = client.change(method, run_id, "policy", note=note, body=body)
+                notes = _back_at_default(body, view["policy"]) if file is None else []
                 if file is not None or view["policy"]["policy"] != before["policy"]:
                     lost = _no_longer_set(before, view["policy"])
-                    said += [f"no longer set: {', '.join(lost)}"] if lost else []
-                _say(said, view)
+                    notes += [f"no longer set: {', '.join(lost)}"] if lost else []
+                _print_notes(notes, view)
             else:
-                view = remote.get(f"{run_path(run_id)}/policy")
+                view = client.get(f"{run_path(run_id)}/policy")
     _show_policy(view, as_json=as_json)
 
 
@@ -131,24 +131,24 @@ def run_override(
     token: Token = "",
     as_json: AsJson = False,
 ) -> None:
-    """Put a batch above a run's policy from the next measurement on, or give the word back to the policy."""
+    """Put a batch above a run's policy from the next measurement on, or release it to the policy."""
     if (pin is not None) + hold + release != 1:
         raise typer.BadParameter("give exactly one of --pin, --hold and --release.")
     with sentences():
-        from gns_controller.cli.api_client import Remote
+        from gns_controller.cli.api_client import ControllerClient
 
-        with Remote(url, token) as remote:
+        with ControllerClient(url, token) as client:
             if release:
-                view = remote.speak("DELETE", run_id, "override", note=note)
+                view = client.change("DELETE", run_id, "override", note=note)
             else:
                 body = {"kind": "hold"} if pin is None else {"kind": "pin", "global_batch_size": pin}
-                view = remote.speak("POST", run_id, "override", body={**body, "note": note})
-        _say([], view)
+                view = client.change("POST", run_id, "override", body={**body, "note": note})
+        _print_notes([], view)
     _show_policy(view, as_json=as_json)
 
 
-def _say(lines: list[str], view: dict[str, Any]) -> None:
-    """What somebody who has just spoken should know."""
+def _print_notes(lines: list[str], view: dict[str, Any]) -> None:
+    """Print what the operator who sent a command should know, on stderr."""
     if view["state"] == "finished":
         lines = [*lines, "this run is finished: it holds for its next attempt"]
     for line in lines:
@@ -188,7 +188,7 @@ def _policy(text_or_file: str) -> AnyPolicyConfig:
 
 
 def _no_longer_set(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Guards of the policy before that the one after leaves at their defaults, as they were."""
+    """Name the guards of the policy before that the one after leaves at their defaults, with their values."""
     from gns_controller.core.policies.base import Guards
     from gns_controller.core.policies.parsing import read_policy
 
@@ -207,7 +207,7 @@ def _no_longer_set(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _back_at_default(patch: dict[str, Any], policy: dict[str, Any]) -> list[str]:
-    """What null did: in a change it takes a field back to its default, which need not be null."""
+    """Name the fields that a null took back to their default, which need not be null."""
     return [
         f"{name} is back at its default, {'none' if policy[name] is None else json.dumps(policy[name])}"
         for name, value in patch.items()
@@ -216,7 +216,7 @@ def _back_at_default(patch: dict[str, Any], policy: dict[str, Any]) -> list[str]
 
 
 def _assigned(assignments: list[str]) -> dict[str, Any]:
-    """Merge patch of key=value; values are JSON where they can be read as such, else text."""
+    """Return key=value arguments as a merge patch; values are JSON where they can be read as such, else text."""
     patch: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -245,15 +245,15 @@ def run_show(
 ) -> None:
     """Show one run with its last decision."""
     with sentences():
-        from gns_controller.cli.api_client import Remote, decision_shown, run_path
+        from gns_controller.cli.api_client import ControllerClient, decision_shown, run_path
 
-        with Remote(url, token) as remote:
-            view = remote.get(run_path(run_id))
+        with ControllerClient(url, token) as client:
+            view = client.get(run_path(run_id))
             if as_json:
                 print_json(view)
                 return
-            projection = remote.get(f"{run_path(run_id)}/schedule")["projection"]
-            decision = decision_shown(remote, view)
+            projection = client.get(f"{run_path(run_id)}/schedule")["projection"]
+            decision = decision_shown(client, view)
         steps_left, ahead = ("0", "-") if view["state"] == "finished" else ahead_text(projection)
     rows = {
         "run": view["run_id"],
@@ -338,7 +338,7 @@ def replay(
     Exit code 1 if what ran is not repeated bit for bit.
     """
     with sentences():
-        asked = None if policy is None else _policy(policy)
+        given = None if policy is None else _policy(policy)
         from gns_controller.cli.replay import BatchOptions, is_recording, replay_file, replay_run, table_of, unread
 
         options = BatchOptions(
@@ -352,11 +352,11 @@ def replay(
             num_groups=num_groups,
         )
         if is_recording(recording):
-            report, notes, num_words = replay_file(
+            report, notes, num_commands = replay_file(
                 recording,
                 format=format,
                 columns=_columns(columns),
-                policy=asked,
+                policy=given,
                 options=options,
                 follow_trainer=follow_trainer,
             )
@@ -365,8 +365,8 @@ def replay(
                 raise InvalidInputError(
                     f"{recording!r} is no file, so it names a run, and a run says itself what the options would say."
                 )
-            report, notes, num_words = replay_run(
-                recording, url=url, token=token, policy=asked, follow_trainer=follow_trainer
+            report, notes, num_commands = replay_run(
+                recording, url=url, token=token, policy=given, follow_trainer=follow_trainer
             )
         if as_json and (nothing := unread(report)):
             notes = [*notes, nothing]
@@ -375,7 +375,7 @@ def replay(
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
-        for line in table_of(report, compared=policy is None, num_words=num_words):
+        for line in table_of(report, compared=policy is None, num_commands=num_commands):
             print(line)
     if policy is None and follow_trainer is None and report.num_equal != report.num_compared:
         leave(EXIT_WRONG, "what ran is not repeated: another version of this program decided, or the log was changed.")

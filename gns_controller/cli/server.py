@@ -14,7 +14,8 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from gns_controller.core.errors import GnsError, InvalidInputError
+from gns_controller.core.errors import InvalidInputError, PortTakenError
+from gns_controller.core.policies import plug_ins
 from gns_controller.service.controller import Controller
 from gns_controller.service.metrics import Metrics
 from gns_controller.service.settings import Settings
@@ -22,23 +23,21 @@ from gns_controller.store import SqlStore
 from gns_controller.store.administration import hide_password
 from gns_controller.web import create_app
 
+logger = logging.getLogger(__name__)
+
 _SHUTDOWN_SECONDS = 2
 """Requests still open this long after SIGTERM are cut off."""
 
 
-class PortTakenError(GnsError):
-    """Somebody listens there already."""
-
-
 class _Server(uvicorn.Server):
-    """Ends streams when it is told to stop: uvicorn would wait for them."""
+    """A uvicorn server that ends streams when it stops, instead of waiting for them."""
 
     def __init__(self, config: uvicorn.Config, *, app: FastAPI, listening: str, ready_file: Path | None) -> None:
         super().__init__(config)
         self._app, self._listening, self._ready_file = app, listening, ready_file
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say so once the port answers."""
+        """Write the ready file and print the address once the port answers."""
         await super().startup(sockets=sockets)
         url = self._listening.split(" ")[0]
         if self._ready_file is not None:
@@ -48,7 +47,7 @@ class _Server(uvicorn.Server):
         print(f"gns-controller listening on {self._listening}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wake what waits, then the usual."""
+        """Wake waiting requests, then shut down as usual."""
         self._app.state.service.streams.stop()
         await super().shutdown(sockets=sockets)
 
@@ -70,6 +69,9 @@ def serve_forever(settings: Settings, *, ready_file: Path | None = None) -> None
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    for plug_in in plug_ins():  # a problem is logged where it is found
+        if plug_in.problem is None:
+            logger.info("policy plug-in: policy=%s distribution=%s", plug_in.name, plug_in.distribution)
     listener = _listen(settings.host, settings.port)
     try:
         metrics = Metrics(_registry())
@@ -85,7 +87,7 @@ def serve_forever(settings: Settings, *, ready_file: Path | None = None) -> None
 
 
 def build_app(settings: Settings, *, store: SqlStore, metrics: Metrics) -> FastAPI:
-    """The application over an open store."""
+    """Return the application over an open store."""
     controller = Controller(
         store=store,
         metrics=metrics,
@@ -119,7 +121,7 @@ def _run(
     def stop(*_: object) -> None:
         server.should_exit = True
 
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it is done: that is no news
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it is done
         signal.signal(number, stop)
     server.run(sockets=[listener])
 

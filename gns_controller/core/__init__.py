@@ -1,4 +1,5 @@
-"""What the service and the trainer share: nouns, batch arithmetic, policies and replay.
+"""The part that service and trainer share: nouns, batch arithmetic, policies and replay.
 
-No clock, no files, no network, no torch: every function here is pure and needs pydantic only.
+No clock, no files, no network, no torch: every function here is pure and needs pydantic only. The one exception looks
+up which installed packages add policies (policies/plug_ins.py).
 """

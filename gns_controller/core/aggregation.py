@@ -17,7 +17,7 @@ Aggregation = Literal["matrices_only", "sum_of_norms", "learning_rate_weighted",
 
 matrices_only: the first reading that matches, which is the optimizer's matrices (published for composite optimizers).
 sum_of_norms: all that match, as one. learning_rate_weighted: the same, each group weighted with its learning rate.
-max: the group with the largest averaged noise scale among those that are resolved; see policies/observing.py.
+max: the group with the largest averaged noise scale among those that are resolved; see policies/state_update.py.
 """
 
 

@@ -41,8 +41,16 @@ class BatchRules(FrozenModel):
     """The batch changes only where the count of completed optimizer steps is a multiple of this. Outer optimizers
     compare weights over so many steps, which then all have one batch."""
 
+    def grid(self, *, data_parallel_size: int) -> BatchGrid:
+        """Return the batches that so many ranks can make."""
+        return BatchGrid(
+            micro_batch_size=self.micro_batch_size,
+            data_parallel_size=data_parallel_size,
+            micro_batch_granularity=self.micro_batch_granularity,
+        )
+
     def effective_step(self, optimizer_step: int) -> int:
-        """Where a plan that a measurement of this step leads to comes into force."""
+        """Return the step at which a plan comes into force that a measurement of this step leads to."""
         earliest = optimizer_step + self.decision_delay_steps
         return -(-earliest // self.plan_interval_steps) * self.plan_interval_steps
 
@@ -55,59 +63,67 @@ class BatchShape(NamedTuple):
     gradient_accumulation_steps: int
 
 
-def floor_to_reachable(
-    batch_size: float, *, micro_batch_size: int, data_parallel_size: int, micro_batch_granularity: int = 1
-) -> int:
-    """The largest reachable global batch that is not above `batch_size`; the smallest reachable one if all are."""
-    full_pass = micro_batch_size * data_parallel_size
-    finest = min(micro_batch_granularity, micro_batch_size) * data_parallel_size
-    quantum = full_pass if batch_size >= full_pass else finest
-    return max(int(batch_size // quantum) * quantum, finest)
+class BatchGrid(NamedTuple):
+    """The batches that a number of ranks can make, in samples: whole full passes, and finer steps below the first."""
 
+    micro_batch_size: int
+    """Most samples per rank per backward pass."""
+    data_parallel_size: int
+    micro_batch_granularity: int = 1
+    """Below one full pass the micro-batch shrinks in multiples of this."""
 
-def next_reachable(
-    batch_size: int, *, micro_batch_size: int, data_parallel_size: int, micro_batch_granularity: int = 1
-) -> int:
-    """The smallest reachable global batch above `batch_size`."""
-    full_pass = micro_batch_size * data_parallel_size
-    finest = min(micro_batch_granularity, micro_batch_size) * data_parallel_size
-    if batch_size >= full_pass:
-        return (batch_size // full_pass + 1) * full_pass
-    return min((batch_size // finest + 1) * finest, full_pass)
+    @property
+    def full_pass(self) -> int:
+        """Samples of one backward pass on every rank."""
+        return self.micro_batch_size * self.data_parallel_size
 
+    @property
+    def finest(self) -> int:
+        """The smallest reachable batch, and the distance between two below one full pass."""
+        return min(self.micro_batch_granularity, self.micro_batch_size) * self.data_parallel_size
 
-def factor_batch(
-    global_batch_size: int, *, micro_batch_size: int, data_parallel_size: int, micro_batch_granularity: int = 1
-) -> BatchShape:
-    """Split a global batch over ranks and backward passes.
+    def floor(self, batch_size: float) -> int:
+        """Return the largest reachable batch that is not above `batch_size`; the smallest one if all are above."""
+        full_pass, finest = self.full_pass, self.finest
+        quantum = full_pass if batch_size >= full_pass else finest
+        return max(int(batch_size // quantum) * quantum, finest)
 
-    Raises:
-        BatchShapeError: the batch is not reachable; the message names the nearest that are.
-    """
-    below = floor_to_reachable(
-        global_batch_size,
-        micro_batch_size=micro_batch_size,
-        data_parallel_size=data_parallel_size,
-        micro_batch_granularity=micro_batch_granularity,
-    )
-    full_pass = micro_batch_size * data_parallel_size
-    if below == global_batch_size:
-        if global_batch_size >= full_pass:
-            return BatchShape(global_batch_size, micro_batch_size, global_batch_size // full_pass)
-        return BatchShape(global_batch_size, global_batch_size // data_parallel_size, 1)
-    above = next_reachable(
-        global_batch_size,
-        micro_batch_size=micro_batch_size,
-        data_parallel_size=data_parallel_size,
-        micro_batch_granularity=micro_batch_granularity,
-    )
-    nearest = f"{below} or {above}" if below < global_batch_size else str(below)
-    if global_batch_size > full_pass:
-        wanted = f"micro_batch_size * data_parallel_size = {micro_batch_size} * {data_parallel_size} = {full_pass}"
-    else:
-        finest = min(micro_batch_granularity, micro_batch_size)
-        wanted = (
-            f"micro_batch_granularity * data_parallel_size = {finest} * {data_parallel_size} "
-            f"= {finest * data_parallel_size}"
+    def next(self, batch_size: int) -> int:
+        """Return the smallest reachable batch above `batch_size`."""
+        full_pass, finest = self.full_pass, self.finest
+        if batch_size >= full_pass:
+            return (batch_size // full_pass + 1) * full_pass
+        return min((batch_size // finest + 1) * finest, full_pass)
+
+    def factor(self, global_batch_size: int) -> BatchShape:
+        """Split a global batch over ranks and backward passes.
+
+        Raises:
+            BatchShapeError: the batch is not reachable; the message names the nearest that are.
+        """
+        below = self.floor(global_batch_size)
+        if below != global_batch_size:
+            raise BatchShapeError(self._unreachable(global_batch_size, below=below))
+        if global_batch_size >= self.full_pass:
+            micro_batch_size, num_passes = self.micro_batch_size, global_batch_size // self.full_pass
+        else:
+            micro_batch_size, num_passes = global_batch_size // self.data_parallel_size, 1
+        return BatchShape(
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            gradient_accumulation_steps=num_passes,
         )
-    raise BatchShapeError(f"{global_batch_size=} is not a multiple of {wanted}. Nearest reachable: {nearest}.")
+
+    def _unreachable(self, global_batch_size: int, *, below: int) -> str:
+        nearest = f"{below} or {self.next(global_batch_size)}" if below < global_batch_size else str(below)
+        if global_batch_size > self.full_pass:
+            quantum = (
+                f"micro_batch_size * data_parallel_size = {self.micro_batch_size} * {self.data_parallel_size} "
+                f"= {self.full_pass}"
+            )
+        else:
+            quantum = (
+                f"micro_batch_granularity * data_parallel_size = {self.finest // self.data_parallel_size} * "
+                f"{self.data_parallel_size} = {self.finest}"
+            )
+        return f"{global_batch_size=} is not a multiple of {quantum}. Nearest reachable: {nearest}."

@@ -11,8 +11,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gns_controller.core.few_groups import c4
-
 Geometry = Literal["euclidean", "sign", "spectral"]
 """The norm an optimizer descends in: l2 (SGD), l-infinity (Signum, AdamW), Schatten-infinity (Muon, Shampoo)."""
 
@@ -142,7 +140,7 @@ class GroupReading(FrozenModel):
     """euclidean rank_variance only: per-sample variance of <g_i, gbar>, for the inner-product test."""
     ceiling_samples: float | None = None
     """rank_variance only: what pure noise of these shapes reads at this batch. split readings get their ceiling from
-    their standard error: `ceiling`, and after many measurements smoothing.py."""
+    their standard error: `ceiling`, and after many measurements statistics.py."""
     num_groups: Annotated[int, Field(ge=2)]
     """Sample groups whose mean gradients were seen apart."""
     samples_per_group: Annotated[float, Field(gt=0)]
@@ -170,26 +168,6 @@ class GroupReading(FrozenModel):
     def noise_sq(self) -> float:
         """Squared dual norm of the per-sample spread."""
         return self.noise * self.noise
-
-    @property
-    def few_groups_factor(self) -> float:
-        """E[noise]^2 / noise^2 for normal groups: c4(K-1)^2 for rank_variance in the sign geometry, else 1."""
-        if self.estimator == "rank_variance" and self.geometry == "sign":
-            return c4(self.num_groups - 1) ** 2
-        return 1.0
-
-    @property
-    def corrected_noise_sq(self) -> float:
-        """noise_sq without its bias from few groups, so that another number of ranks reads the same."""
-        return self.noise_sq / self.few_groups_factor
-
-    def corrected_for_few_groups(self) -> GroupReading:
-        """This reading with corrected_noise_sq for its noise_sq, and its ceiling to match. Not to be applied twice."""
-        factor = self.few_groups_factor
-        if factor == 1:
-            return self
-        ceiling = None if self.ceiling_samples is None else self.ceiling_samples / factor
-        return self.model_copy(update={"noise": self.noise / math.sqrt(factor), "ceiling_samples": ceiling})
 
     @property
     def signal_sq(self) -> float:
@@ -297,7 +275,7 @@ class BatchPlan(FrozenModel):
 
 
 class Override(FrozenModel):
-    """An operator's word above the policy, until it is released."""
+    """A batch that an operator has put above the policy, until it is released."""
 
     kind: Literal["pin", "hold"]
     """pin: this batch. hold: whatever batch is in force."""

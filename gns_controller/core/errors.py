@@ -9,12 +9,16 @@ GnsError
 ├── SelfTestError                       gradients are not what measuring relies on; parameters are named
 ├── PlanDivergedError                   two ranks hold different plans: training must stop
 ├── MissingDependencyError (ImportError)  the message carries the `pip install` line
-├── RunError                            the service knows the request but not like this
+├── PolicyPlugInError                   a policy of another package is not installed here, cannot be loaded, or failed
+├── PortTakenError                      another program listens where the service should
+├── JobError                            a training job of a calibration failed; the message names its log
+├── DemoError                           a process of the demonstration failed; the message names its log
+├── RunError                            a request about a run that cannot be served
 │   ├── UnknownRunError
 │   │   └── UnknownAttemptError         the database was restored from before its registration
 │   ├── RunConflictError                the run exists with another specification
 │   ├── StaleAttemptError               a newer incarnation of the run has registered
-│   ├── RevisionConflictError           somebody else has changed the policy or the override meanwhile
+│   ├── RevisionConflictError           another command has changed the policy or the override
 │   ├── NoOverrideError                 there is nothing to release
 │   ├── ReplayTooLongError              more measurements than the service replays
 │   └── ReplayBusyError                 another replay is running: try again later
@@ -65,6 +69,28 @@ class PlanDivergedError(GnsError):
 
 class MissingDependencyError(GnsError, ImportError):
     """An optional dependency is not installed."""
+
+
+class PolicyPlugInError(GnsError):
+    """A policy of another package is not installed here, cannot be loaded, or failed."""
+
+    def __init__(self, sentence: str, *, cause: Exception | None = None) -> None:
+        explained = "" if cause is None else f" {type(cause).__name__}: {cause}"
+        super().__init__(sentence + explained)
+        self.sentence = sentence
+        """The message without the text of the cause, which may hold a path of this machine."""
+
+
+class PortTakenError(GnsError):
+    """Another program listens on the port already."""
+
+
+class JobError(GnsError):
+    """A training job of a calibration failed; the message names its log."""
+
+
+class DemoError(GnsError):
+    """A process of the demonstration failed; the message names its log."""
 
 
 class RunError(GnsError):
@@ -135,7 +161,7 @@ class StaleAttemptError(RunError):
 
 
 class RevisionConflictError(RunError):
-    """The operator spoke about another revision of the policy than the present one."""
+    """An operator command names another revision of the control than the present one."""
 
     def __init__(self, run_id: str, *, policy_revision: int) -> None:
         super().__init__(

@@ -12,13 +12,12 @@ from gns_controller.core.contract import (
     FiniteFloat,
     FrozenModel,
     NoiseScaleMeasurement,
-    Override,
     PositiveCount,
     Reason,
 )
 from gns_controller.core.policies import AnyPolicyConfig, PolicyState, decide, initial_state
 from gns_controller.core.projection import whole_steps
-from gns_controller.core.runs import RunSpecification
+from gns_controller.core.runs import Control, RunSpecification
 
 
 class Resumed(NamedTuple):
@@ -29,15 +28,8 @@ class Resumed(NamedTuple):
     """Ranks that it registered with; None: those of its first measurement."""
 
 
-class Controlled(NamedTuple):
-    """An operator changed the policy or the override."""
-
-    policy: AnyPolicyConfig
-    policy_revision: int
-    override: Override | None
-
-
-Event = Resumed | Controlled | NoiseScaleMeasurement
+Event = Resumed | Control | NoiseScaleMeasurement
+"""A line of a log: an attempt that began, a control that holds from here on, or a measurement."""
 
 
 def replay(
@@ -59,7 +51,7 @@ def replay(
         follow_trainer: True takes the batch in force from each measurement, as the service does: exact for a run
             whose batch somebody else changed. False lets the policy's own earlier decisions stand: what it would have
             done.
-        policy: ask this one instead, all run long; operators' words are then left out. If it does not follow the
+        policy: ask this one instead, all run long; operator commands are then left out. If it does not follow the
             trainer, it counts steps of its own: those that its batches would have taken to the same samples. Its
             decisions carry them.
     """
@@ -96,10 +88,10 @@ class _Steps(NamedTuple):
         taken = self.taken + delayed / self.in_force + (fresh - delayed) / self.planned
         waiting = self.waiting - delayed
         in_force = self.in_force if waiting else self.planned
-        return _Steps(taken, self.samples + fresh, in_force, self.planned, waiting)
+        return self._replace(taken=taken, samples=self.samples + fresh, in_force=in_force, waiting=waiting)
 
-    def told(self, batch_size: int, *, delay_steps: int) -> _Steps:
-        """After a decision."""
+    def after_decision(self, batch_size: int, *, delay_steps: int) -> _Steps:
+        """Return the count once this batch was decided on."""
         if batch_size == self.planned:
             return self
         return self._replace(planned=batch_size, waiting=self.waiting or delay_steps * self.in_force)
@@ -117,9 +109,10 @@ class _Fold:
         policy: AnyPolicyConfig | None,
     ) -> None:
         self._config, self._follow_trainer, self._asked = config, follow_trainer, policy
-        self._controlled = Controlled(policy or config.policy, 0, None)
+        self._control = Control.initial(policy or config.policy)
         self._state: PolicyState | None = None
-        self._steps = self._no_steps = _Steps(0.0, 0, config.batch.global_batch_size, config.batch.global_batch_size)
+        first = config.batch.global_batch_size
+        self._steps = self._no_steps = _Steps(taken=0.0, samples=0, in_force=first, planned=first)
         self._counts_its_own = policy is not None and not follow_trainer
         self._ranks: int | None = None
         self._resume_steps = sorted(set(resume_steps))
@@ -129,7 +122,7 @@ class _Fold:
     @property
     def policy(self) -> AnyPolicyConfig:
         """The one that was asked, or the last one in force."""
-        return self._controlled.policy
+        return self._control.policy
 
     @property
     def steps(self) -> int:
@@ -144,24 +137,24 @@ class _Fold:
             self._state, self._steps = next(resumed, (None, self._no_steps))
             self._ranks = event.data_parallel_size
             return None
-        if isinstance(event, Controlled):
+        if isinstance(event, Control):
             if self._asked is None:
-                self._controlled = event
+                self._control = event
             return None
         ranks = self._ranks or event.data_parallel_size
         steps = self._steps.until(event.samples_seen)
         step = steps.completed if self._counts_its_own else event.optimizer_step
         self._state, decision = decide(
-            self._controlled.policy,
+            self._control.policy,
             self._state or initial_state(self._config.batch, data_parallel_size=ranks),
             event.model_copy(update={"optimizer_step": step}) if self._counts_its_own else event,
             facts=self._config.facts,
-            policy_revision=self._controlled.policy_revision,
+            policy_revision=self._control.policy_revision,
             follow_trainer=self._follow_trainer,
-            override=self._controlled.override,
+            override=self._control.override,
         )
         delay = max(decision.plan.effective_step - step, 0)
-        self._steps = steps.told(decision.plan.global_batch_size, delay_steps=delay)
+        self._steps = steps.after_decision(decision.plan.global_batch_size, delay_steps=delay)
         self._keep(event.optimizer_step, self._state, self._steps)
         return decision
 
@@ -253,7 +246,7 @@ def compare_log(
     fold = _Fold(config, resume_steps=resume_steps, follow_trainer=follow_trainer, policy=policy)
     rows: list[ReplayedRow] = []
     num_compared = num_equal = 0
-    told = config.mode == "active"
+    is_followed = config.mode == "active"
     for event, before in log:
         decision = fold.after(event)
         if isinstance(event, Resumed):
@@ -262,12 +255,13 @@ def compare_log(
             assert decision is not None
             num_compared += before is not None
             num_equal += before == decision
+            happened = before.plan.global_batch_size if before and is_followed else event.global_batch_size
             rows.append(
                 ReplayedRow(
                     attempt=event.attempt,
                     optimizer_step=event.optimizer_step,
                     samples_seen=event.samples_seen,
-                    happened_batch_size=before.plan.global_batch_size if before and told else event.global_batch_size,
+                    happened_batch_size=happened,
                     replayed_batch_size=decision.plan.global_batch_size,
                     replayed_reason=decision.reason,
                     replayed_explanation=decision.explanation,
@@ -275,14 +269,14 @@ def compare_log(
                     equal=None if before is None else before == decision,
                 )
             )
-    happened, replayed = (rows[-1].optimizer_step, fold.steps) if rows else (0, 0)
+    happened_steps, replayed_steps = (rows[-1].optimizer_step, fold.steps) if rows else (0, 0)
     return ReplayReport(
         policy=fold.policy,
         rows=tuple(rows),
         num_compared=num_compared,
         num_equal=num_equal,
         samples=rows[-1].samples_seen if rows else 0,
-        happened_steps=happened,
-        replayed_steps=replayed,
-        steps_saved=happened - replayed,
+        happened_steps=happened_steps,
+        replayed_steps=replayed_steps,
+        steps_saved=happened_steps - replayed_steps,
     )

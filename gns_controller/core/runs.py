@@ -1,4 +1,4 @@
-"""What a run is told to be, and what the REST API says about it."""
+"""A run as it is specified, who decides about it, and the views of it in the REST API."""
 
 from __future__ import annotations
 
@@ -37,7 +37,25 @@ RunState = Literal["registered", "running", "silent", "finished"]
 
 
 ControlAction = Literal["policy", "override", "release"]
-"""What an operator did."""
+"""The command of an operator: another policy, an override, or its release."""
+
+
+class Control(FrozenModel):
+    """The policy in charge of a run, and the override that an operator may have put above it.
+
+    Immutable, so that a thread that reads one while another thread replaces it sees all of it or none of it.
+    """
+
+    policy: AnyPolicyConfig
+    policy_revision: Count
+    """Grows by one with every operator command."""
+    override: Override | None
+    """Above the policy until it is released."""
+
+    @classmethod
+    def initial(cls, policy: AnyPolicyConfig) -> Control:
+        """Return the control of a run that no operator has changed."""
+        return Control(policy=policy, policy_revision=0, override=None)
 
 
 class RunSpecification(FrozenModel):
@@ -69,11 +87,11 @@ class RunSpecification(FrozenModel):
         initial_plan(self.batch, data_parallel_size=self.data_parallel_size)
         check_policy(self.policy, self.facts)
         geometries = [group.geometry for group in self.parameter_groups]
-        wanted = self.policy.geometry
+        followed = self.policy.geometry
         # The l2 norm can be measured of any group, whatever its own geometry is.
-        if wanted not in (None, "euclidean") and geometries and wanted not in geometries:
+        if followed not in (None, "euclidean") and geometries and followed not in geometries:
             raise ValueError(
-                f"the policy follows geometry {wanted!r}, and no parameter group has it; groups have "
+                f"the policy follows geometry {followed!r}, and no parameter group has it; groups have "
                 f"{', '.join(sorted(set(geometries)))}. Name one of these, or 'euclidean', or set geometry to null."
             )
         check_gains(self.policy, self.facts, geometries)
@@ -81,8 +99,8 @@ class RunSpecification(FrozenModel):
 
     @property
     def facts(self) -> RunFacts:
-        """What policies may know of it."""
-        return RunFacts(self.batch, self.budget_samples, self.tokens_per_sample)
+        """The facts that policies may use."""
+        return RunFacts(rules=self.batch, budget_samples=self.budget_samples, tokens_per_sample=self.tokens_per_sample)
 
 
 class Registration(FrozenModel):
@@ -96,19 +114,18 @@ class Registration(FrozenModel):
     measurement up to that step."""
 
 
-class RegistrationReply(FrozenModel):
-    """What the controller answers to a registration."""
+class RegistrationReply(Control):
+    """The controller's answer to a registration."""
 
     run_id: RunId
     attempt: Count
     plan: BatchPlan
-    policy: AnyPolicyConfig
-    policy_revision: Count
     override: Override | None = None
+    """Above the policy until it is released."""
 
 
 class IngestReply(FrozenModel):
-    """What the controller answers to measurements, after they are on disk."""
+    """The controller's answer to measurements, after they are on disk."""
 
     accepted: Count
     duplicates: Count
@@ -117,21 +134,20 @@ class IngestReply(FrozenModel):
     decision: Decision | None
     """The decision about the last measurement of this attempt."""
     policy_revision: Count
-    """Grows by one with every word of an operator."""
+    """Grows by one with every operator command."""
     policy: AnyPolicyConfig | None = None
-    """Where an operator has spoken: the policy now, so that the trainer's own fold follows it through an outage."""
+    """The policy in force, sent once an operator has changed something: the trainer's own fold follows it through an
+    outage. None: that of the specification."""
     override: Override | None = None
-    """What an operator has put above the policy."""
+    """Above the policy until it is released."""
 
 
-class RunView(FrozenModel):
+class RunView(Control):
     """One run as the list and the page show it."""
 
     run_id: RunId
     state: RunState
     specification: RunSpecification
-    policy: AnyPolicyConfig
-    policy_revision: Count
     attempt: Count
     optimizer_step: Count
     samples_seen: Count
@@ -141,27 +157,23 @@ class RunView(FrozenModel):
     num_measurements: Count
     registered_at: datetime
     last_report_at: datetime | None
-    override: Override | None
-    """What an operator has put above the policy."""
     savings: Savings | None
     """The run so far beside one that kept the batch of the start; None before the first measurement."""
     advised_data_parallel_size: PositiveCount
     """The most ranks that the present batch keeps busy with whole micro-batches."""
 
 
-class PolicyView(FrozenModel):
-    """Who decides about a run: GET /runs/{run_id}/policy, and the answer to every word of an operator."""
+class PolicyView(Control):
+    """The control of a run: GET /runs/{run_id}/policy, and the answer to every operator command.
+
+    `policy_revision` is also the ETag.
+    """
 
     run_id: RunId
-    policy: AnyPolicyConfig
-    policy_revision: Count
-    """Grows by one with every word of an operator; also the ETag."""
-    override: Override | None
-    """Above the policy until it is released."""
     changed_at: datetime | None
-    """When an operator last spoke; None: never."""
+    """Time of the last operator command; None: there was none."""
     state: RunState
-    """A finished run keeps what is said for its next attempt."""
+    """A finished run keeps its control for the next attempt."""
 
 
 class RecordedMeasurement(FrozenModel):
@@ -192,20 +204,17 @@ class RecordedAttempt(FrozenModel):
     data_parallel_size: PositiveCount
 
 
-class RecordedControl(FrozenModel):
-    """A word of an operator, and what held from then on."""
+class RecordedControl(Control):
+    """An operator command, and the control that holds from then on."""
 
     action: ControlAction
     sequence: Count
     received_at: datetime
-    policy: AnyPolicyConfig
-    policy_revision: Count
-    override: Override | None
     note: str = ""
 
 
 RecordedEvent = Annotated[RecordedAttempt | RecordedControl, Field(discriminator="action")]
-"""What happened between measurements. With them, in the order of `sequence`, it is all that replay needs."""
+"""An event between measurements. With them, in the order of `sequence`, these are all that replay needs."""
 
 
 class ControlPage(FrozenModel):

@@ -1,13 +1,14 @@
-"""Moving averages of noise and of signal, kept apart and signed; the ratio is taken last.
+"""Statistics of readings: the correction for few groups, and moving averages with their standard errors.
 
-An average of ratios is biased (1.23 for a true 1.00 in simulation); a clipped signal is biased too, so a negative one
-stays negative until the averages have made up their mind.
+Averages of noise and of signal are kept apart and signed, and the ratio is taken last. An average of ratios is biased
+(1.23 for a true 1.00 in simulation); a clipped signal is biased too, so a negative one stays negative.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from gns_controller.core.contract import (
@@ -28,6 +29,32 @@ MIN_SPREAD_MEASUREMENTS = 5
 
 GROWTH = 3
 """Of a growing average: about the last quarter of the measurements so far count."""
+
+
+@cache
+def c4(degrees_of_freedom: int) -> float:
+    """E[s] / sigma for the root s of an unbiased variance of normal numbers: sqrt(2/f) Gamma((f+1)/2) / Gamma(f/2)."""
+    half = degrees_of_freedom / 2
+    return math.exp(math.lgamma(half + 0.5) - math.lgamma(half)) / math.sqrt(half)
+
+
+def few_groups_factor(reading: GroupReading) -> float:
+    """E[noise]^2 / noise^2 for normal groups: c4(K-1)^2 for rank_variance in the sign geometry, else 1."""
+    if reading.estimator == "rank_variance" and reading.geometry == "sign":
+        return c4(reading.num_groups - 1) ** 2
+    return 1.0
+
+
+def corrected_for_few_groups(reading: GroupReading) -> GroupReading:
+    """Return the reading with noise_sq / few_groups_factor for its noise_sq, and its ceiling to match.
+
+    Another number of ranks then reads the same. Not to be applied twice.
+    """
+    factor = few_groups_factor(reading)
+    if factor == 1:
+        return reading
+    ceiling = None if reading.ceiling_samples is None else reading.ceiling_samples / factor
+    return reading.model_copy(update={"noise": reading.noise / math.sqrt(factor), "ceiling_samples": ceiling})
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +142,8 @@ class Judgement(NamedTuple):
     """Whether the honest answer is "at least about the present batch"."""
 
 
-NOTHING_SEEN = Judgement(None, None, None, None, None, unresolved=True)
-"""Before the first reading."""
+NOTHING_SEEN = Judgement(noise_scale=None, low=None, high=None, ceiling_samples=None, resolution=None, unresolved=True)
+"""The judgement before the first reading."""
 
 
 class SmoothedNoiseScale(FrozenModel):
@@ -194,7 +221,14 @@ class SmoothedNoiseScale(FrozenModel):
             ceiling = finite_ratio(noise.mean, signal_error) if is_trusted else None
             resolution = None if noise_scale is None or ceiling is None else finite_ratio(noise_scale, ceiling)
             unresolved = not is_trusted or signal.mean < signal_error
-        return Judgement(noise_scale, low, high, ceiling, resolution, unresolved)
+        return Judgement(
+            noise_scale=noise_scale,
+            low=low,
+            high=high,
+            ceiling_samples=ceiling,
+            resolution=resolution,
+            unresolved=unresolved,
+        )
 
 
 def _finite(value: float | None) -> float | None:

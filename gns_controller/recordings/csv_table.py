@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gns_controller.core.errors import InvalidInputError
 from gns_controller.recordings.recording import ImportDefaults, Limits, Recording, lines_of, names_shown, shown
-from gns_controller.recordings.tables import Row, table_recording
+from gns_controller.recordings.tables import Row, Table, table_recording
 
 
 def read_csv(path: Path, *, columns: Mapping[str, str] | None, defaults: ImportDefaults, limits: Limits) -> Recording:
@@ -45,16 +45,8 @@ def read_csv(path: Path, *, columns: Mapping[str, str] | None, defaults: ImportD
                 )
             yield Row(reader.line_num, dict(zip(names, cells, strict=True)))
 
-    return table_recording(
-        rows(),
-        names=[name for name in names if name],
-        source=source,
-        name=path.stem,
-        columns=columns,
-        defaults=defaults,
-        limits=limits,
-        unit="line",
-    )
+    table = Table(rows(), names=[name for name in names if name], source=source, name=path.stem, unit="line")
+    return table_recording(table, columns=columns, defaults=defaults, limits=limits)
 
 
 def _next(reader: Iterator[list[str]], source: str) -> list[str] | None:

@@ -16,10 +16,10 @@ from pydantic import ValidationError
 
 from gns_controller.core.contract import Count, Decision, FrozenModel, NoiseScaleMeasurement, RunId
 from gns_controller.core.errors import InvalidInputError
-from gns_controller.core.policies import AnyPolicyConfig
+from gns_controller.core.policies import KEEP_UNKNOWN, AnyPolicyConfig
 from gns_controller.core.runs import RunSpecification
 from gns_controller.recordings.recording import ImportDefaults, Limits, Recording, lines_of, shown
-from gns_controller.recordings.tables import Row, table_recording
+from gns_controller.recordings.tables import Row, Table, table_recording
 
 
 class ExportedRun(FrozenModel):
@@ -162,16 +162,8 @@ def read_json_lines(
         names.update(dict.fromkeys(row.cells))
         limits.check_columns(len(names), source=source)
         limits.check_rows(row.number, source=source)
-    return table_recording(
-        rows(),
-        names=names,
-        source=source,
-        name=path.stem,
-        columns=columns,
-        defaults=defaults,
-        limits=limits,
-        unit="line",
-    )
+    table = Table(rows(), names=names, source=source, name=path.stem, unit="line")
+    return table_recording(table, columns=columns, defaults=defaults, limits=limits)
 
 
 def _object(line: str, where: str) -> dict[str, Any] | None:
@@ -191,7 +183,7 @@ def _object(line: str, where: str) -> dict[str, Any] | None:
 
 def _model(model: type[_Model], value: dict[str, Any], where: str) -> _Model:
     try:
-        return model.model_validate(value)
+        return model.model_validate(value, context=KEEP_UNKNOWN)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = "/".join(str(part) for part in fault["loc"])

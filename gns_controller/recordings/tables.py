@@ -34,6 +34,23 @@ class Row(NamedTuple):
     cells: Mapping[str, object]
 
 
+class Table(NamedTuple):
+    """A table of another tool, whatever its format."""
+
+    rows: Iterable[Row]
+    """The rows, in order of optimizer_step; where it goes back, another attempt begins."""
+    names: Iterable[str]
+    """Names of the columns."""
+    source: str
+    """Name of the table in errors."""
+    name: str
+    """The run id is made of it, unless the defaults have one."""
+    unit: str = "row"
+    """Unit that `Row.number` counts, for errors."""
+    notes: Iterable[str] = ()
+    """Sentences that the recording begins its notes with."""
+
+
 class Step(NamedTuple):
     """The numbers of one optimizer step, under our names; absent where the cell is empty."""
 
@@ -43,40 +60,26 @@ class Step(NamedTuple):
 
 
 def table_recording(
-    rows: Iterable[Row],
-    *,
-    names: Iterable[str],
-    source: str,
-    name: str,
-    columns: Mapping[str, str] | None,
-    defaults: ImportDefaults,
-    limits: Limits,
-    unit: str = "row",
-    notes: Iterable[str] = (),
+    table: Table, *, columns: Mapping[str, str] | None, defaults: ImportDefaults, limits: Limits
 ) -> Recording:
-    """A table as a recording.
+    """Return a table as a recording.
 
     Args:
-        rows: in order of optimizer_step; where it goes back, another attempt begins.
-        names: the table's columns.
-        source: what to call the table in errors.
-        name: what the run id is made from unless `defaults` has one.
+        table: rows and names.
         columns: our names -> the table's; see `column_map`.
-        defaults: what the table does not say.
+        defaults: what the table does not hold.
         limits: most rows and columns.
-        unit: what `Row.number` counts.
-        notes: what the caller has to say first.
 
     Raises:
-        InvalidInputError: a column is missing, a cell is no number, or the rows are in no order.
+        InvalidInputError: a column is missing, a cell is not a number, or the rows are not in order.
     """
-    known = list(dict.fromkeys(names))
-    limits.check_columns(len(known), source=source)
-    found = column_map(known, columns=columns, defaults=defaults, source=source)
-    builder = _Steps(found, source=source, unit=unit, limits=limits)
-    for row in rows:
+    names = list(dict.fromkeys(table.names))
+    limits.check_columns(len(names), source=table.source)
+    column_of = column_map(names, columns=columns, defaults=defaults, source=table.source)
+    builder = _Steps(column_of, source=table.source, unit=table.unit, limits=limits)
+    for row in table.rows:
         builder.add(row)
-    return _Measurements(builder, defaults=defaults, name=name).recording(notes)
+    return _Measurements(builder, defaults=defaults, name=table.name).recording(table.notes)
 
 
 class _Steps:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gns_controller.core.errors import InvalidInputError, MissingDependencyError
 from gns_controller.recordings.recording import ImportDefaults, Limits, Recording, names_shown, shown
-from gns_controller.recordings.tables import Row, table_recording
+from gns_controller.recordings.tables import Row, Table, table_recording
 
 STEP_COLUMN = "_step"
 """Steps are no tag of their own; this is what `columns` may call them."""
@@ -52,16 +52,15 @@ def read_tensorboard(
         for step, value in values.items():
             by_step.setdefault(step, {STEP_COLUMN: step})[tag] = value
     again = f"{num_replaced} scalars were logged again for a step that had them: the later ones stand."
-    return table_recording(
+    table = Table(
         (Row(number, by_step[step]) for number, step in enumerate(sorted(by_step), start=1)),
         names=[STEP_COLUMN, *scalars],
         source=source,
         name=folder.name if folder.is_dir() else folder.parent.name,
-        columns={"optimizer_step": STEP_COLUMN, **(columns or {})},
-        defaults=defaults,
-        limits=limits,
         notes=[again] if num_replaced else [],
     )
+    columns = {"optimizer_step": STEP_COLUMN, **(columns or {})}
+    return table_recording(table, columns=columns, defaults=defaults, limits=limits)
 
 
 def _scalars(path: Path, *, source: str, limits: Limits) -> tuple[dict[str, dict[int, float]], int]:

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from gns_controller.core.errors import InvalidInputError, MissingDependencyError
 from gns_controller.recordings.recording import ImportDefaults, Limits, Recording, names_shown, shown
-from gns_controller.recordings.tables import Row, table_recording
+from gns_controller.recordings.tables import Row, Table, table_recording
 
 ONLINE_PREFIX = "wandb:"
 BLOCK_BYTES = 32768
@@ -208,6 +208,5 @@ def _recording(
         names.update(dict.fromkeys(map(str, row.cells)))
     if not names:
         raise InvalidInputError(f"{source} holds no history: nothing was logged.")
-    return table_recording(
-        rows, names=names, source=source, name=name, columns=columns, defaults=defaults, limits=limits, notes=notes
-    )
+    table = Table(rows, names=names, source=source, name=name, notes=notes)
+    return table_recording(table, columns=columns, defaults=defaults, limits=limits)

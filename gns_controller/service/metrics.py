@@ -101,7 +101,7 @@ RUN_METRICS = (
     ),
     _RunMetric("gns_run_silent", "1 while reports are overdue.", lambda run: float(run.state == "silent")),
     _RunMetric(
-        "gns_policy_revision", "Words of operators so far: policies and overrides.", lambda run: run.policy_revision
+        "gns_policy_revision", "Operator commands so far: policies and overrides.", lambda run: run.policy_revision
     ),
     _RunMetric("gns_override_active", "1 while an operator pins or holds.", lambda run: float(run.override_active)),
     _RunMetric(

@@ -1,23 +1,20 @@
-"""What operators may say about a run, what their words do to it, and the log as replay reads it.
+"""Operator commands: another policy, an override above it, or its release.
 
-Every word is a line of the log with a revision of its own. The policy's memory goes on: a new policy decides on the
-averages of the old one.
+Every command is one line of the log and the next revision of the run's control. The policy's memory goes on: a new
+policy decides on the averages of the old one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from gns_controller.core.batch_arithmetic import factor_batch
-from gns_controller.core.contract import Decision, Override
+from gns_controller.core.contract import Override
 from gns_controller.core.errors import (
     BatchShapeError,
-    DatabaseCorruptError,
     InvalidInputError,
     NoOverrideError,
     RevisionConflictError,
@@ -25,68 +22,51 @@ from gns_controller.core.errors import (
 )
 from gns_controller.core.policies import AnyPolicyConfig
 from gns_controller.core.policies.guards import LARGEST_BATCH_SIZE
-from gns_controller.core.replay import Controlled, Event, Resumed
-from gns_controller.core.runs import (
-    ControlAction,
-    PolicyView,
-    RecordedAttempt,
-    RecordedControl,
-    Registration,
-    RunSpecification,
-    RunState,
-)
-from gns_controller.store import ControlBody, LogEntry, MeasurementBody, NewEntry, RunHead, Transaction
+from gns_controller.core.runs import Control, ControlAction, RunSpecification
+from gns_controller.store import ControlBody, NewEntry, RunHead, Transaction, registration_of
 
 
-class Word(NamedTuple):
-    """What an operator says."""
+@dataclass(frozen=True, slots=True)
+class OperatorCommand:
+    """One command, ready to be applied to a run as it is when the writer reaches it."""
 
     action: ControlAction
-    policy: AnyPolicyConfig
-    override: Override | None
     note: str
+    new_control: Callable[[Transaction, RunHead], Control]
+    """Returns the control that the command leads to, still with the revision before; raises where it is refused."""
 
 
-Speech = Callable[[Transaction, RunHead], Word]
-"""A word in the light of the run as it is."""
-
-
-def speak(
-    transaction: Transaction, run_id: str, speech: Speech, *, revisions: Collection[int] | None, now: datetime
+def apply_command(
+    transaction: Transaction,
+    run_id: str,
+    command: OperatorCommand,
+    *,
+    revisions: Collection[int] | None,
+    now: datetime,
 ) -> RunHead:
-    """Write an operator's word into the log; it holds from the next measurement on.
+    """Append an operator command to the run's log. It takes effect at the next measurement.
 
     Args:
-        transaction: of the writer.
+        transaction: the writer's.
         run_id: name of the run.
-        speech: what to say.
-        revisions: refused unless the present revision is one of them; None: whatever it is.
+        command: what to do.
+        revisions: the command is refused unless the present revision is one of these; None: any revision will do.
         now: the time.
 
     Raises:
         UnknownRunError: no run has this name.
-        RevisionConflictError: somebody has spoken since.
+        RevisionConflictError: another command has come first.
     """
     head = transaction.head(run_id)
     if head is None:
         raise UnknownRunError(run_id)
-    if revisions is not None and head.policy_revision not in revisions:
-        raise RevisionConflictError(run_id, policy_revision=head.policy_revision)
-    word = speech(transaction, head)
-    head = replace(
-        head,
-        policy=word.policy,
-        policy_revision=head.policy_revision + 1,
-        override=word.override,
-        controlled_at=now,
-    )
-    body = ControlBody(
-        policy=head.policy,
-        policy_revision=head.policy_revision,
-        override=head.override,
-        action=word.action,
-        note=word.note,
-    )
+    before = head.control
+    if revisions is not None and before.policy_revision not in revisions:
+        raise RevisionConflictError(run_id, policy_revision=before.policy_revision)
+    control = command.new_control(transaction, head)
+    control = control.model_copy(update={"policy_revision": before.policy_revision + 1})
+    head = replace(head, control=control, controlled_at=now)
+    body = ControlBody(**dict(control), action=command.action, note=command.note)
     entry = NewEntry(
         run_id=run_id,
         attempt=head.attempt,
@@ -103,55 +83,50 @@ def speak(
     return head
 
 
-def new_policy(policy: AnyPolicyConfig, *, note: str) -> Speech:
-    """Let this policy decide; an override stays above it."""
+def set_policy(policy: AnyPolicyConfig, *, note: str) -> OperatorCommand:
+    """Let this policy decide; an override stays above it. Refused where the policy cannot steer the run."""
 
-    def speech(_: Transaction, head: RunHead) -> Word:
+    def new_control(_: Transaction, head: RunHead) -> Control:
         check_for(head.specification, policy)
-        return Word("policy", policy, head.override, note)
+        return head.control.model_copy(update={"policy": policy})
 
-    return speech
+    return OperatorCommand("policy", note, new_control)
 
 
-def new_override(override: Override) -> Speech:
-    """Pin or hold, in the place of an override that there may be.
+def set_override(override: Override) -> OperatorCommand:
+    """Pin or hold the batch, in the place of any override before.
 
-    Refuses a pin that the present ranks cannot make, and one beyond what is left of the budget.
+    Refused: a pin that the present ranks cannot make, and one beyond what is left of the budget.
     """
 
-    def speech(transaction: Transaction, head: RunHead) -> Word:
+    def new_control(transaction: Transaction, head: RunHead) -> Control:
         if override.global_batch_size is not None:
             if override.global_batch_size > LARGEST_BATCH_SIZE:
                 raise BatchShapeError(f"no batch has more than 2^40 = {LARGEST_BATCH_SIZE} samples.")
             _refuse_beyond_budget(override.global_batch_size, head)
-            rules = head.specification.batch
-            factor_batch(
-                override.global_batch_size,
-                micro_batch_size=rules.micro_batch_size,
-                data_parallel_size=_present_ranks(transaction, head),
-                micro_batch_granularity=rules.micro_batch_granularity,
-            )
-        return Word("override", head.policy, override, override.note)
+            grid = head.specification.batch.grid(data_parallel_size=_present_ranks(transaction, head))
+            grid.factor(override.global_batch_size)  # raises where it cannot be made
+        return head.control.model_copy(update={"override": override})
 
-    return speech
+    return OperatorCommand("override", override.note, new_control)
 
 
-def release(*, note: str) -> Speech:
-    """Give the word back to the policy."""
+def release_override(*, note: str) -> OperatorCommand:
+    """Remove the override, so that the policy decides again. Refused where there is none."""
 
-    def speech(_: Transaction, head: RunHead) -> Word:
-        if head.override is None:
+    def new_control(_: Transaction, head: RunHead) -> Control:
+        if head.control.override is None:
             raise NoOverrideError(head.run_id)
-        return Word("release", head.policy, None, note)
+        return head.control.model_copy(update={"override": None})
 
-    return speech
+    return OperatorCommand("release", note, new_control)
 
 
 def check_for(specification: RunSpecification, policy: AnyPolicyConfig) -> None:
-    """Whether this run could have been registered with this policy.
+    """Check that the run could have been registered with this policy.
 
     Raises:
-        InvalidInputError: it could not; the message says why.
+        InvalidInputError: it could not; the message gives the reason.
     """
     try:
         RunSpecification.model_validate({**dict(specification), "policy": policy})
@@ -160,62 +135,12 @@ def check_for(specification: RunSpecification, policy: AnyPolicyConfig) -> None:
         raise InvalidInputError(str(fault.get("ctx", {}).get("error", fault["msg"]))) from None
 
 
-def policy_view(head: RunHead, *, state: RunState) -> PolicyView:
-    """Who decides."""
-    return PolicyView(
-        run_id=head.run_id,
-        state=state,
-        policy=head.policy,
-        policy_revision=head.policy_revision,
-        override=head.override,
-        changed_at=head.controlled_at,
-    )
-
-
-def recorded_event(entry: LogEntry) -> RecordedAttempt | RecordedControl:
-    """A line of the log that is no measurement, as the API shows it."""
-    if entry.kind == "registered":
-        registration = Registration.model_validate_json(entry.body)
-        return RecordedAttempt(
-            sequence=entry.sequence,
-            received_at=entry.at,
-            attempt=entry.attempt,
-            resume_step=registration.resume_step,
-            data_parallel_size=registration.specification.data_parallel_size,
-        )
-    body = ControlBody.model_validate_json(entry.body)
-    return RecordedControl(sequence=entry.sequence, received_at=entry.at, **dict(body))
-
-
-def replay_log(entries: Iterable[LogEntry]) -> Iterator[tuple[Event, Decision | None]]:
-    """The log, or a part of it, as replay reads it, with the decisions that were made.
-
-    Raises:
-        DatabaseCorruptError: a line cannot be read.
-    """
-    for entry in entries:
-        try:
-            if entry.kind == "measurement":
-                body = MeasurementBody.model_validate_json(entry.body)
-                event: tuple[Event, Decision | None] = body.measurement, body.decision
-            else:
-                event = replay_event(recorded_event(entry)), None
-        except ValidationError:
-            raise DatabaseCorruptError(
-                f"line {entry.sequence} of the log is damaged, or of another version: this controller cannot read it."
-            ) from None
-        yield event
-
-
-def replay_event(recorded: RecordedAttempt | RecordedControl) -> Event:
-    """What replay makes of it."""
-    if isinstance(recorded, RecordedAttempt):
-        return Resumed(recorded.resume_step, recorded.data_parallel_size)
-    return Controlled(recorded.policy, recorded.policy_revision, recorded.override)
-
-
 def _refuse_beyond_budget(pinned: int, head: RunHead) -> None:
-    """A finished run's word is for its next attempt, which may begin anywhere; so may one without a measurement."""
+    """Refuse a pin beyond what this attempt has left.
+
+    The next attempt of a finished run may begin anywhere, and so may one without a measurement: there the whole budget
+    counts.
+    """
     budget, last = head.specification.budget_samples, head.last_measurement
     left = budget
     if last is not None and last.attempt == head.attempt and budget - last.samples_seen >= last.data_parallel_size:
@@ -228,9 +153,9 @@ def _refuse_beyond_budget(pinned: int, head: RunHead) -> None:
 
 
 def _present_ranks(transaction: Transaction, head: RunHead) -> int:
-    """Of the last measurement; of the registration while this attempt has none."""
+    """Return the ranks of the last measurement, or of the registration while this attempt has no measurement."""
     last = head.last_measurement
     if last is not None and last.attempt == head.attempt:
         return last.data_parallel_size
     newest = transaction.registrations(head.run_id)[-1]
-    return Registration.model_validate_json(newest.body).specification.data_parallel_size
+    return registration_of(newest).specification.data_parallel_size

@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from typing import Generic, NamedTuple, TypeVar
 
+from gns_controller.core.errors import PolicyPlugInError
 from gns_controller.core.projection import Projection, project
 from gns_controller.store import RunHead
 
@@ -29,7 +30,7 @@ class StateKey(NamedTuple):
 
 def key_of(head: RunHead) -> StateKey:
     """The key of the run's present state."""
-    return StateKey(head.registered_sequence, head.state_sequence, head.policy_revision)
+    return StateKey(head.registered_sequence, head.state_sequence, head.control.policy_revision)
 
 
 class Newest(Generic[Value]):
@@ -118,14 +119,14 @@ def _projected(head: RunHead) -> Projection | None:
     assert last is not None
     try:
         return project(
-            head.policy,
+            head.control.policy,
             head.state,
             last,
             facts=specification.facts,
             schedule=specification.schedule,
-            override=head.override,
+            override=head.control.override,
             shadow=specification.mode == "shadow",
         )
-    except (ValueError, ArithmeticError):  # counts near 2^62: no plan ahead can be written down
+    except (ValueError, ArithmeticError, PolicyPlugInError):  # counts near 2^62, or a policy that cannot be run here
         logger.debug("no projection: run_id=%s state_sequence=%d", head.run_id, head.state_sequence)
         return None

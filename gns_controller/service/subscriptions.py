@@ -1,4 +1,4 @@
-"""Who wants to know that a run has something new. Knows no event loop: a listener is a function, called quickly."""
+"""Subscriptions to runs: which requests are woken when something of a run was committed."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from contextlib import contextmanager
 logger = logging.getLogger(__name__)
 
 
-class Listeners:
-    """Functions by run, called after a commit, in the thread that committed."""
+class Subscriptions:
+    """Callbacks by run, called after a commit, in the thread that committed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_run: dict[str, list[Callable[[], object]]] = {}
 
     @contextmanager
-    def listening(self, run_id: str, listener: Callable[[], object]) -> Iterator[None]:
-        """Call `listener` whenever something of this run was committed."""
+    def subscribed(self, run_id: str, callback: Callable[[], object]) -> Iterator[None]:
+        """Call `callback` whenever something of this run was committed, as long as the context lasts."""
         with self._lock:
-            self._by_run.setdefault(run_id, []).append(listener)
+            self._by_run.setdefault(run_id, []).append(callback)
         try:
             yield
         finally:
             with self._lock:
-                self._by_run[run_id].remove(listener)
+                self._by_run[run_id].remove(callback)
                 if not self._by_run[run_id]:
                     del self._by_run[run_id]
 
     def notify(self, run_id: str) -> None:
-        """Call them. One that raises is gone in spirit and stops nobody."""
+        """Notify all subscribers of a run. A subscriber whose event loop has closed is skipped."""
         with self._lock:
-            listeners = list(self._by_run.get(run_id, ()))
-        for listener in listeners:
+            callbacks = list(self._by_run.get(run_id, ()))
+        for callback in callbacks:
             try:
-                listener()
+                callback()
             except RuntimeError:  # its event loop has closed
-                logger.debug("listener of a closed stream: run_id=%s", run_id)
+                logger.debug("subscriber of a closed stream: run_id=%s", run_id)

@@ -1,4 +1,4 @@
-"""What people are shown of a run: its state, its view, its schedule. Pure; the caller brings the time."""
+"""Views of a run: its state, its control, its schedule, its metrics. Pure; the caller brings the time."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from datetime import datetime, timedelta
 from gns_controller.core.contract import BatchPlan
 from gns_controller.core.policies import PolicyState
 from gns_controller.core.projection import Projection, Savings, advised_data_parallel_size, savings
-from gns_controller.core.runs import Registration, RunState, RunView, ScheduleView
+from gns_controller.core.runs import PolicyView, RunState, RunView, ScheduleView
 from gns_controller.service.metrics import LiveRun
-from gns_controller.store import LogEntry, RunHead
+from gns_controller.store import LogEntry, RunHead, registration_of
 
 _SILENT_GAPS = 10.0
 """A run is silent after this many times its usual gap, if that is longer than the setting."""
 
 
 def run_state(head: RunHead, *, now: datetime, silent_after_seconds: float) -> RunState:
-    """What the run seems to be doing, judged by its reports alone."""
+    """Return what the run seems to be doing, judged by its reports alone."""
     measurement = head.last_measurement
     if measurement is None or head.last_report_at is None:
         return "registered"
@@ -31,14 +31,13 @@ def run_state(head: RunHead, *, now: datetime, silent_after_seconds: float) -> R
 
 
 def view_of(head: RunHead, *, state: RunState) -> RunView:
-    """The run as lists and the page show it."""
+    """Return the run as lists and the page show it."""
     measurement = head.last_measurement
     return RunView(
+        **dict(head.control),
         run_id=head.run_id,
         state=state,
         specification=head.specification,
-        policy=head.policy,
-        policy_revision=head.policy_revision,
         attempt=head.attempt,
         optimizer_step=measurement.optimizer_step if measurement else 0,
         samples_seen=measurement.samples_seen if measurement else 0,
@@ -48,14 +47,18 @@ def view_of(head: RunHead, *, state: RunState) -> RunView:
         num_measurements=head.num_measurements,
         registered_at=head.registered_at,
         last_report_at=head.last_report_at,
-        override=head.override,
         savings=_savings(head),
         advised_data_parallel_size=_advised(head),
     )
 
 
+def policy_view(head: RunHead, *, state: RunState) -> PolicyView:
+    """Return the run's control as the API shows it."""
+    return PolicyView(**dict(head.control), run_id=head.run_id, state=state, changed_at=head.controlled_at)
+
+
 def live_run_of(head: RunHead, *, state: RunState, steps_left: int | None) -> LiveRun:
-    """The run as /metrics shows it."""
+    """Return the run as /metrics shows it."""
     saved = _savings(head)
     plan, measurement = head.state.plan, head.last_measurement
     return LiveRun(
@@ -68,8 +71,8 @@ def live_run_of(head: RunHead, *, state: RunState, steps_left: int | None) -> Li
         measurement=measurement,
         decision=head.last_decision,
         last_report_timestamp_seconds=head.last_report_at.timestamp() if head.last_report_at else None,
-        policy_revision=head.policy_revision,
-        override_active=head.override is not None,
+        policy_revision=head.control.policy_revision,
+        override_active=head.control.override is not None,
         advised_data_parallel_size=_advised(head),
         steps_saved=saved.steps_saved if saved else None,
         seconds_saved=saved.seconds_saved if saved else None,
@@ -78,14 +81,14 @@ def live_run_of(head: RunHead, *, state: RunState, steps_left: int | None) -> Li
 
 
 def schedule_view(head: RunHead, plan_changes: Iterable[LogEntry], projection: Projection | None) -> ScheduleView:
-    """The plans that led to the present one, and what is expected to come.
+    """Return the plans that led to the present one, and what is expected to come.
 
     A restart from an older checkpoint undoes the plans beyond it: they are in the decisions, not in the schedule.
     """
     plans: list[BatchPlan] = []
     for entry in plan_changes:
         if entry.kind == "registered":
-            resume_step = Registration.model_validate_json(entry.body).resume_step
+            resume_step = registration_of(entry).resume_step
             plans = [plan for plan in plans if plan.effective_step <= resume_step]
         plan = PolicyState.model_validate_json(entry.state).plan
         if not plans or plans[-1] != plan:

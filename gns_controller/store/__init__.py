@@ -1,8 +1,14 @@
 """Durable and ordered: one log of all runs, one writer with group commit, SQLite or PostgreSQL."""
 
+from gns_controller.store.bodies import (
+    ControlBody,
+    MeasurementBody,
+    control_of,
+    measurement_of,
+    registration_of,
+)
 from gns_controller.store.protocol import EntryKind, LogEntry, NewEntry, RunHead, Store, Transaction
 from gns_controller.store.sql import SqlStore
-from gns_controller.store.transaction import ControlBody, MeasurementBody
 
 __all__ = [
     "ControlBody",
@@ -14,4 +20,7 @@ __all__ = [
     "SqlStore",
     "Store",
     "Transaction",
+    "control_of",
+    "measurement_of",
+    "registration_of",
 ]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, Protocol, TypeVar
 
-from gns_controller.core.contract import Decision, NoiseScaleMeasurement, Override
-from gns_controller.core.policies import AnyPolicyConfig, PolicyState
-from gns_controller.core.runs import RunSpecification
+from gns_controller.core.contract import Decision, NoiseScaleMeasurement
+from gns_controller.core.policies import PolicyState
+from gns_controller.core.runs import Control, RunSpecification
 
 Result = TypeVar("Result")
 EntryKind = Literal["registered", "measurement", "control"]
@@ -25,8 +25,8 @@ class RunHead:
 
     run_id: str
     specification: RunSpecification
-    policy: AnyPolicyConfig
-    policy_revision: int
+    control: Control
+    """The policy and the override that the next measurement is decided under."""
     registered_sequence: int
     registered_at: datetime
     attempt: int
@@ -45,10 +45,8 @@ class RunHead:
     last_report_at: datetime | None = None
     usual_gap_seconds: float | None = None
     """Moving average of the time between two reports."""
-    override: Override | None = None
-    """An operator's word above the policy."""
     controlled_at: datetime | None = None
-    """When an operator last spoke."""
+    """Time of the last operator command."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ log = Table(
     Index("log_by_plan", "run_id", "changes_plan", "sequence"),
     sqlite_autoincrement=True,
 )
-"""One row per registration and per word of an operator (optimizer_step is NULL), and per measurement with its decision;
+"""One row per registration and per operator command (optimizer_step is NULL), and per measurement with its decision;
 `state` is what the policy remembers after it."""
 IS_NO_MEASUREMENT = log.c.kind != text("'measurement'")
 Index("log_of_others", log.c.run_id, log.c.sequence, sqlite_where=IS_NO_MEASUREMENT, postgresql_where=IS_NO_MEASUREMENT)

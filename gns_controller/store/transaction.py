@@ -6,35 +6,16 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pydantic import TypeAdapter
 from pydantic_core import from_json
 from sqlalchemy import Connection, Row, Select, insert, select, update
 
-from gns_controller.core.contract import Count, Decision, FrozenModel, NoiseScaleMeasurement, Override
-from gns_controller.core.policies import AnyPolicyConfig, PolicyState
-from gns_controller.core.runs import ControlAction, RunSpecification
+from gns_controller.core.policies import KEEP_UNKNOWN, PolicyState
+from gns_controller.core.runs import Control, RunSpecification
+from gns_controller.store.bodies import MeasurementBody
 from gns_controller.store.protocol import LogEntry, NewEntry, RunHead
 from gns_controller.store.tables import log, runs
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_POLICY: TypeAdapter[AnyPolicyConfig] = TypeAdapter(AnyPolicyConfig)
-
-
-class MeasurementBody(FrozenModel):
-    """Body of a log line of kind "measurement"."""
-
-    measurement: NoiseScaleMeasurement
-    decision: Decision
-
-
-class ControlBody(FrozenModel):
-    """Body of a log line of kind "control": what holds from then on, and who would want to know why."""
-
-    policy: AnyPolicyConfig
-    policy_revision: Count
-    override: Override | None
-    action: ControlAction
-    note: str = ""
 
 
 def to_microseconds(at: datetime) -> int:
@@ -75,9 +56,15 @@ def to_head(row: Row[Any]) -> RunHead:
     last = None if row.last_body is None else MeasurementBody.model_validate_json(row.last_body)
     return RunHead(
         run_id=row.run_id,
-        specification=RunSpecification.model_validate_json(row.specification),
-        policy=_POLICY.validate_python(from_json(row.policy)),
-        policy_revision=row.policy_revision,
+        specification=RunSpecification.model_validate_json(row.specification, context=KEEP_UNKNOWN),
+        control=Control.model_validate(
+            {
+                "policy": from_json(row.policy),
+                "policy_revision": row.policy_revision,
+                "override": None if row.override is None else from_json(row.override),
+            },
+            context=KEEP_UNKNOWN,
+        ),
         registered_sequence=row.registered_sequence,
         registered_at=from_microseconds(row.registered_at),
         attempt=row.attempt,
@@ -91,7 +78,6 @@ def to_head(row: Row[Any]) -> RunHead:
         last_decision=None if last is None else last.decision,
         last_report_at=None if row.last_report_at is None else from_microseconds(row.last_report_at),
         usual_gap_seconds=row.usual_gap_seconds,
-        override=None if row.override is None else Override.model_validate_json(row.override),
         controlled_at=None if row.controlled_at is None else from_microseconds(row.controlled_at),
     )
 
@@ -132,10 +118,11 @@ class SqlTransaction:
             "usual_gap_seconds": head.usual_gap_seconds,
         }
         before = self.head(head.run_id)
-        if before is None or before.policy_revision != head.policy_revision:
-            values["policy"] = head.policy.model_dump_json()
-            values["policy_revision"] = head.policy_revision
-            values["override"] = None if head.override is None else head.override.model_dump_json()
+        control = head.control
+        if before is None or before.control.policy_revision != control.policy_revision:
+            values["policy"] = control.policy.model_dump_json()
+            values["policy_revision"] = control.policy_revision
+            values["override"] = None if control.override is None else control.override.model_dump_json()
             values["controlled_at"] = None if head.controlled_at is None else to_microseconds(head.controlled_at)
         if before is None or before.specification != head.specification:
             values["specification"] = head.specification.model_dump_json()

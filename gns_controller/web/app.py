@@ -27,7 +27,7 @@ def create_app(controller: Controller, settings: Settings, metrics: Metrics) -> 
         redoc_url=None,
         redirect_slashes=False,
     )
-    streams = Streams(controller.listeners, limit=settings.max_event_streams)
+    streams = Streams(controller.subscriptions, limit=settings.max_event_streams)
     app.state.service = Service(controller=controller, settings=settings, metrics=metrics, streams=streams)
     routers = (runs.router, operators.router, events.router, health.router, page.router)
     for router in routers:

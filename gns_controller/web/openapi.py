@@ -23,7 +23,7 @@ _DESCRIPTIONS = {
     422: "A field or parameter is not valid; see `errors`.",
     428: "If-Match is missing.",
     429: "Too many writes are waiting, or another replay is running; see Retry-After.",
-    503: "The database does not work now, or too many streams are open; see Retry-After.",
+    503: "The database does not work now, the policy cannot be run, or too many streams are open; see Retry-After.",
     500: "A defect of the controller; its log has the request id.",
 }
 _FLOAT = {"anyOf": [{"type": "number"}, {"type": "string", "enum": ["NaN", "Infinity", "-Infinity"]}]}

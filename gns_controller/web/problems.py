@@ -18,6 +18,7 @@ from gns_controller.core.errors import (
     GnsError,
     InvalidInputError,
     NoOverrideError,
+    PolicyPlugInError,
     ReplayBusyError,
     ReplayTooLongError,
     RevisionConflictError,
@@ -27,6 +28,7 @@ from gns_controller.core.errors import (
     StoreError,
     UnknownRunError,
 )
+from gns_controller.core.policies import KEEP_UNKNOWN
 from gns_controller.core.runs import RunSpecification
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ REVISION_REQUIRED = ProblemType("revision-required", 428, "If-Match has to name 
 REPLAY_BUSY = ProblemType("replay-busy", 429, "Another replay is running")
 STORE_BUSY = ProblemType("store-busy", 429, "Too many writes are waiting")
 INTERNAL_ERROR = ProblemType("internal-error", 500, "The controller has failed")
+POLICY_UNAVAILABLE = ProblemType("policy-unavailable", 503, "The policy cannot be run here")
 STORE_UNAVAILABLE = ProblemType("store-unavailable", 503, "The database does not work now")
 TOO_MANY_STREAMS = ProblemType("too-many-streams", 503, "Too many streams are open")
 STOPPING = ProblemType("stopping", 503, "The controller is shutting down")
@@ -85,6 +88,7 @@ PROBLEM_TYPES = (
     REPLAY_BUSY,
     STORE_BUSY,
     INTERNAL_ERROR,
+    POLICY_UNAVAILABLE,
     STORE_UNAVAILABLE,
     TOO_MANY_STREAMS,
     STOPPING,
@@ -149,15 +153,16 @@ class ProblemError(Exception):
 
 def problem_response(error: ProblemError, *, request_id: str) -> Response:
     """The answer."""
-    problem = Problem(
-        type=_TYPE_PREFIX + error.kind.slug,
-        title=error.kind.title,
-        status=error.kind.status,
-        detail=error.detail,
-        request_id=request_id,
-        errors=error.errors[:_MAX_ERRORS] or None,
+    fields = {
+        "type": _TYPE_PREFIX + error.kind.slug,
+        "title": error.kind.title,
+        "status": error.kind.status,
+        "detail": error.detail,
+        "request_id": request_id,
+        "errors": error.errors[:_MAX_ERRORS] or None,
         **error.members,
-    )
+    }
+    problem = Problem.model_validate(fields, context=KEEP_UNKNOWN)
     headers = dict(error.headers)
     if error.kind.status in (429, 503):
         headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
@@ -195,6 +200,8 @@ def problem_of(error: GnsError) -> ProblemError:
             return ProblemError(STALE_ATTEMPT, detail, current_attempt=error.current_attempt)
         case InvalidInputError():
             return ProblemError(INVALID_INPUT, detail, errors=[FieldProblem(pointer="", detail=detail)])
+        case PolicyPlugInError():
+            return ProblemError(POLICY_UNAVAILABLE, error.sentence)
         case StoreBusyError():
             return ProblemError(STORE_BUSY, detail)
         case StoreError():

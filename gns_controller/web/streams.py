@@ -1,4 +1,4 @@
-"""Requests that wait for news: how many there may be, what wakes them, and how they all end at shutdown."""
+"""Requests that wait for a commit: how many there may be, what wakes them, and how they all end at shutdown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gns_controller.service.subscriptions import Listeners
+from gns_controller.service.subscriptions import Subscriptions
 from gns_controller.web.problems import STOPPING, TOO_MANY_STREAMS, ProblemError
 
 
@@ -14,12 +14,12 @@ class Streams:
     """All waiting requests of one event loop.
 
     Args:
-        listeners: who tells about commits.
+        subscriptions: source of the commits.
         limit: most waiting requests.
     """
 
-    def __init__(self, listeners: Listeners, *, limit: int) -> None:
-        self._listeners = listeners
+    def __init__(self, subscriptions: Subscriptions, *, limit: int) -> None:
+        self._subscriptions = subscriptions
         self._limit = limit
         self._waiting: set[asyncio.Event] = set()
         self.stopping = False
@@ -33,25 +33,25 @@ class Streams:
 
     @contextmanager
     def woken_by(self, run_id: str) -> Iterator[asyncio.Event]:
-        """An event that is set whenever something of this run was committed, and at shutdown."""
+        """Yield an event that is set whenever something of this run was committed, and at shutdown."""
         event = asyncio.Event()
         loop = asyncio.get_running_loop()
         self._waiting.add(event)
         try:
-            with self._listeners.listening(run_id, lambda: loop.call_soon_threadsafe(event.set)):
+            with self._subscriptions.subscribed(run_id, lambda: loop.call_soon_threadsafe(event.set)):
                 yield event
         finally:
             self._waiting.discard(event)
 
     def stop(self) -> None:
-        """Wake everybody; each looks at `stopping` and ends."""
+        """Wake all waiting requests; each looks at `stopping` and ends."""
         self.stopping = True
         for event in tuple(self._waiting):
             event.set()
 
 
 async def wait_for(event: asyncio.Event, *, seconds: float) -> bool:
-    """Whether the event was set in time; clears it."""
+    """Return whether the event was set in time, and clear it."""
     try:
         await asyncio.wait_for(event.wait(), seconds)
     except TimeoutError:

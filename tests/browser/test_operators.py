@@ -105,7 +105,7 @@ def test_a_pin_decides_the_next_measurement_until_it_is_released(
     page.until_seen("The policy noise_scale decides, revision 2.", ".in-charge")
     assert run.report().decision is not None
     assert get(controller, "pinned")["last_decision"]["reason"] != "override"
-    page.until_seen("gives the word back to the policy noise_scale", ".decisions")
+    page.until_seen("releases the batch to the policy noise_scale", ".decisions")
 
 
 def test_the_present_batch_can_be_held(page: Page, controller: ControllerProcess, trainer: Trainer) -> None:

@@ -3,16 +3,15 @@
 from trainer_hooks.client.connect import connect
 from trainer_hooks.client.http import HttpController
 from trainer_hooks.client.local import LocalController
-from trainer_hooks.client.protocol import Controller, DecisionSource, Orders, Verdict, orders_from, saved_orders
+from trainer_hooks.client.protocol import DecisionClient, DecisionSource, Verdict, control_from, saved_control
 
 __all__ = [
-    "Controller",
+    "DecisionClient",
     "DecisionSource",
     "HttpController",
     "LocalController",
-    "Orders",
     "Verdict",
     "connect",
-    "orders_from",
-    "saved_orders",
+    "control_from",
+    "saved_control",
 ]

@@ -10,11 +10,11 @@ from typing import NamedTuple
 from gns_controller.core.contract import Decision
 from gns_controller.core.errors import GnsError, InvalidInputError
 from gns_controller.core.policies import PolicyState
-from gns_controller.core.runs import Registration
+from gns_controller.core.runs import Control, Registration
 from trainer_hooks.client.http import HttpController
 from trainer_hooks.client.local import LocalController
 from trainer_hooks.client.options import ConnectionOptions
-from trainer_hooks.client.protocol import Controller, Orders
+from trainer_hooks.client.protocol import DecisionClient
 from trainer_hooks.distributed.collectives import RankGroup
 
 _REGISTRATION_SECONDS = 5.0
@@ -28,7 +28,7 @@ class SavedDecisions(NamedTuple):
     """Memory of the policy."""
     pending: Mapping[int, Decision]
     """Decisions that are not in force yet, by optimizer_step."""
-    orders: Orders | None
+    control: Control | None
     """Control by operators; None where none of them had changed anything."""
 
 
@@ -40,7 +40,7 @@ def connect(
     url: str | None,
     options: ConnectionOptions,
     ranks: RankGroup,
-) -> Controller | None:
+) -> DecisionClient | None:
     """Return rank 0's client, None on the others. Call it on every rank.
 
     A controller that does not answer is not an error: the run decides locally until it does.
@@ -49,11 +49,11 @@ def connect(
         RunConflictError, InvalidInputError: the controller refuses this run; raised on every rank, so that none trains
             on alone.
     """
-    client: Controller | None = None
+    client: DecisionClient | None = None
     problem: GnsError | None = None
     if ranks.rank == 0:
         if url is None:
-            client = LocalController(registration.specification, saved.policy_state, saved.pending, saved.orders)
+            client = LocalController(registration.specification, saved.policy_state, saved.pending, saved.control)
         else:
             try:
                 client = HttpController(
@@ -62,7 +62,7 @@ def connect(
                     registration=registration,
                     state=saved.policy_state,
                     pending=saved.pending,
-                    orders=saved.orders,
+                    control=saved.control,
                     spool_directory=Path(options.spool_directory),
                     token=options.token or os.environ.get("GNS_TOKEN"),
                     decision_deadline_seconds=options.decision_deadline_seconds,

@@ -2,8 +2,8 @@
 
 The training thread hands measurements over and folds them with the local policy. One thread puts them on disk, another
 registers and posts what is on disk, in order. A silent network does not keep measurements from the disk; a slow disk
-delays answers, and then, as on any silence, the local verdict stands. After one silence nobody waits until the
-controller has answered within the deadline. Every answer says what operators want; the local fold goes by the newest.
+delays answers, and then, as on any silence, the local verdict stands. After one silence nothing waits until the
+controller has answered within the deadline. Every answer carries the control in force; the local fold uses the newest.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import httpx
 
 from gns_controller.core.contract import Decision, NoiseScaleMeasurement
 from gns_controller.core.errors import GnsError, InvalidInputError, RunConflictError, StaleAttemptError
-from gns_controller.core.policies import PolicyState
-from gns_controller.core.runs import IngestReply, Registration, RegistrationReply
+from gns_controller.core.policies import KEEP_UNKNOWN, PolicyState, UnavailablePolicyConfig
+from gns_controller.core.runs import Control, IngestReply, Registration, RegistrationReply
 from trainer_hooks.client.local import LocalController
-from trainer_hooks.client.protocol import Orders, Verdict
+from trainer_hooks.client.protocol import Verdict
 from trainer_hooks.client.spool import Spool, leftovers
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class HttpController:
         state: where the fold starts.
         spool_directory: measurements wait here while the controller is away.
         pending: decisions of a checkpoint that are not in force yet, by optimizer_step.
-        orders: what operators wanted at the checkpoint, until the controller answers.
+        control: of the checkpoint, until the controller answers.
         token: bearer token, if the controller asks for one.
         decision_deadline_seconds: an answer slower than this does not make anybody wait again.
         timeout_seconds: for one request of the background thread.
@@ -73,7 +73,7 @@ class HttpController:
         state: PolicyState,
         spool_directory: Path,
         pending: Mapping[int, Decision] | None = None,
-        orders: Orders | None = None,
+        control: Control | None = None,
         token: str | None = None,
         decision_deadline_seconds: float = 2.0,
         timeout_seconds: float = 10.0,
@@ -90,7 +90,7 @@ class HttpController:
             raise InvalidInputError("the controller's token holds characters that no token has.")
         self._run_id = run_id
         self._registration = registration
-        self._local = LocalController(registration.specification, state, pending, orders)
+        self._local = LocalController(registration.specification, state, pending, control)
         self._resumed_steps = frozenset(pending or ())
         self._spool_directory = spool_directory
         self._deadline_seconds = decision_deadline_seconds
@@ -127,18 +127,18 @@ class HttpController:
 
     @property
     def state(self) -> PolicyState:
-        """What the local policy remembers."""
+        """Memory of the local policy."""
         return self._local.state
 
     @property
     def pending(self) -> dict[int, Decision]:
-        """Local decisions whose verdict was not asked for yet."""
+        """Local decisions whose verdict was not taken yet."""
         return self._local.pending
 
     @property
-    def orders(self) -> Orders:
-        """What the local policy goes by."""
-        return self._local.orders
+    def control(self) -> Control:
+        """Policy and override of the local fold."""
+        return self._local.control
 
     def wait_registered(self, *, deadline_seconds: float) -> None:
         """Wait for the first answer, a refusal included; silence is not an error.
@@ -249,7 +249,7 @@ class HttpController:
             if self._attempt is None:
                 self._send_leftovers()
                 registered = self._register(self._registration)
-                self._take_orders(registered)
+                self._take_control(registered)
                 self._set_attempt(registered.attempt)
             while self._unsent:
                 batch = [self._unsent[i] for i in range(min(len(self._unsent), _MAX_PER_REQUEST))]
@@ -299,7 +299,7 @@ class HttpController:
             headers={"Content-Type": "application/json"},
         )
         _raise_unless_accepted(response)
-        return RegistrationReply.model_validate_json(response.content)
+        return RegistrationReply.model_validate_json(response.content, context=KEEP_UNKNOWN)
 
     def _post(self, batch: Sequence[NoiseScaleMeasurement], *, attempt: int) -> IngestReply | None:
         """Send measurements in order; a single one that the controller cannot take is left out with a log line."""
@@ -326,32 +326,48 @@ class HttpController:
             )
             self._spool.set_aside(batch[0])
             return None
-        return IngestReply.model_validate_json(response.content)
+        return IngestReply.model_validate_json(response.content, context=KEEP_UNKNOWN)
 
     def _set_attempt(self, attempt: int) -> None:
         with self._changed:
             self._attempt = attempt
             self._changed.notify_all()
 
-    def _take_orders(self, reply: RegistrationReply | IngestReply) -> None:
-        """What operators want now; until one has spoken, the policy of the specification."""
+    def _take_control(self, reply: RegistrationReply | IngestReply) -> None:
+        """Let the local fold follow the control in force; until an operator changes it, that of the specification.
+
+        Where the policy cannot be run in this process, the local fold keeps the policy before.
+        """
+        before = self._local.control
         policy = reply.policy or self._registration.specification.policy
-        orders, before = Orders(policy, reply.policy_revision, reply.override), self._local.orders
-        if orders == before:
+        missing = policy if isinstance(policy, UnavailablePolicyConfig) else None
+        control = Control(
+            policy=before.policy if missing else policy,
+            policy_revision=reply.policy_revision,
+            override=reply.override,
+        )
+        if control == before:
             return
-        self._local.orders = orders
-        if orders.policy_revision != before.policy_revision:
-            logger.info(
-                "an operator has spoken: run_id=%s policy_revision=%d policy=%s override=%s",
+        if missing and control.policy_revision != before.policy_revision:
+            logger.warning(
+                "local decisions keep the policy before: run_id=%s policy=%s reason=%s",
                 self._run_id,
-                orders.policy_revision,
+                before.policy.policy,
+                missing.reason,
+            )
+        self._local.control = control
+        if control.policy_revision != before.policy_revision:
+            logger.info(
+                "an operator changed the control: run_id=%s policy_revision=%d policy=%s override=%s",
+                self._run_id,
+                control.policy_revision,
                 policy.policy,
-                orders.override.kind if orders.override else "none",
+                control.override.kind if control.override else "none",
             )
 
     def _take_reply(self, reply: IngestReply | None, *, optimizer_step: int, slow: bool) -> None:
         if reply is not None:
-            self._take_orders(reply)
+            self._take_control(reply)
         with self._changed:
             self._slow = slow
             self._answered_step = optimizer_step

@@ -1,4 +1,4 @@
-"""The policies, in this process, as operators have left them."""
+"""The policies, in this process, under the control that operators have left."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from gns_controller.core.contract import Decision, NoiseScaleMeasurement
 from gns_controller.core.policies import PolicyState, decide
-from gns_controller.core.runs import RunSpecification
-from trainer_hooks.client.protocol import Orders, Verdict
+from gns_controller.core.runs import Control, RunSpecification
+from trainer_hooks.client.protocol import Verdict
 
 
 class LocalController:
@@ -17,7 +17,7 @@ class LocalController:
         specification: of the run.
         state: where the fold starts.
         pending: decisions of a checkpoint that are not in force yet, by optimizer_step.
-        orders: of a checkpoint; None: the policy of the specification.
+        control: of a checkpoint; None: the policy of the specification.
     """
 
     def __init__(
@@ -25,17 +25,17 @@ class LocalController:
         specification: RunSpecification,
         state: PolicyState,
         pending: Mapping[int, Decision] | None = None,
-        orders: Orders | None = None,
+        control: Control | None = None,
     ) -> None:
         self._specification = specification
-        self.orders = orders or Orders(specification.policy)
-        """What the next fold goes by. Any thread may put another tuple here; a fold reads it once."""
+        self.control = control or Control.initial(specification.policy)
+        """Policy and override of the next fold. Any thread may replace it; a fold reads it once."""
         self._state = state
         self._decisions = dict(pending or {})
 
     @property
     def state(self) -> PolicyState:
-        """What the policy remembers."""
+        """Memory of the policy."""
         return self._state
 
     @state.setter
@@ -44,23 +44,23 @@ class LocalController:
 
     @property
     def pending(self) -> dict[int, Decision]:
-        """Decisions whose verdict was not asked for yet."""
+        """Decisions whose verdict was not taken yet."""
         return dict(self._decisions)
 
     def wait_registered(self, *, deadline_seconds: float) -> None:
         """Nothing to wait for."""
 
     def report(self, measurement: NoiseScaleMeasurement) -> None:
-        """Fold it."""
-        orders = self.orders
+        """Apply the policy to one measurement."""
+        control = self.control
         self._state, decision = decide(
-            orders.policy,
+            control.policy,
             self._state,
             measurement,
             facts=self._specification.facts,
-            policy_revision=orders.policy_revision,
+            policy_revision=control.policy_revision,
             follow_trainer=self._specification.mode == "active",
-            override=orders.override,
+            override=control.override,
         )
         self._decisions[measurement.optimizer_step] = decision
 

@@ -1,80 +1,62 @@
-"""What a session asks of a controller."""
+"""The interface between a session and whatever decides for it, on rank 0."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
-from pydantic import TypeAdapter
-
-from gns_controller.core.contract import BatchPlan, Decision, NoiseScaleMeasurement, Override
-from gns_controller.core.policies import AnyPolicyConfig, PolicyState
+from gns_controller.core.contract import BatchPlan, Decision, NoiseScaleMeasurement
+from gns_controller.core.policies import PolicyState
+from gns_controller.core.policies.parsing import policy_of
+from gns_controller.core.runs import Control
 
 DecisionSource = Literal["controller", "local"]
-"""Who decided: the service, or the same policy in this process."""
+"""Where a decision was made: by the service, or by the same policy in this process."""
 
 
 class Verdict(NamedTuple):
-    """The plan to follow after one measurement, and who said so."""
+    """The plan to follow after one measurement, and where it was decided."""
 
     plan: BatchPlan
     source: DecisionSource
     decision: Decision
 
 
-class Orders(NamedTuple):
-    """What decides at present: the policy of the specification, or what operators have made of it since.
+def saved_control(control: Control) -> dict[str, Any] | None:
+    """Return the control as a checkpoint keeps it; None where no operator has changed it."""
+    return control.model_dump(mode="json") if control.policy_revision else None
 
-    One immutable tuple, so that a thread that looks sees all of it or nothing of it.
+
+def control_from(state: Mapping[str, Any] | None) -> Control | None:
+    """Return the control of a session's checkpoint; None where no operator had changed it, or it was not kept.
+
+    Raises:
+        InvalidInputError: the policy that an operator had set cannot be run here.
     """
-
-    policy: AnyPolicyConfig
-    policy_revision: int = 0
-    """Grows with every word of an operator."""
-    override: Override | None = None
+    saved = (state or {}).get("orders")  # the key of state version 2
+    return Control.model_validate({**saved, "policy": policy_of(saved["policy"])}) if saved else None
 
 
-def saved_orders(orders: Orders) -> dict[str, Any] | None:
-    """For a checkpoint; None where no operator has spoken."""
-    if not orders.policy_revision:
-        return None
-    return {
-        "policy": orders.policy.model_dump(mode="json"),
-        "policy_revision": orders.policy_revision,
-        "override": orders.override.model_dump(mode="json") if orders.override else None,
-    }
-
-
-def orders_from(state: Mapping[str, Any] | None) -> Orders | None:
-    """From a session's checkpoint; None where no operator had spoken, or nobody kept it."""
-    saved = (state or {}).get("orders")
-    if not saved:
-        return None
-    policy: AnyPolicyConfig = TypeAdapter(AnyPolicyConfig).validate_python(saved["policy"])
-    override = Override.model_validate(saved["override"]) if saved["override"] else None
-    return Orders(policy, int(saved["policy_revision"]), override)
-
-
-class Controller(Protocol):
-    """Lives on rank 0. No method but `verdict`, `wait_registered` and `close` waits, and those have deadlines."""
+class DecisionClient(Protocol):
+    """Rank 0's way to decisions. Only `verdict`, `wait_registered` and `close` wait, and those have deadlines."""
 
     @property
     def state(self) -> PolicyState:
-        """What the policy remembers, for the checkpoint."""
+        """Memory of the local policy, for the checkpoint."""
         ...
 
     @property
     def pending(self) -> dict[int, Decision]:
-        """Decisions whose verdict was not asked for yet, by optimizer_step, for the checkpoint."""
+        """Decisions whose verdict was not taken yet, by optimizer_step, for the checkpoint."""
         ...
 
     @property
-    def orders(self) -> Orders:
-        """What the local fold goes by, for the checkpoint."""
+    def control(self) -> Control:
+        """Policy and override of the local fold, for the checkpoint."""
         ...
 
     def wait_registered(self, *, deadline_seconds: float) -> None:
-        """Give the registration a moment, so that a wrong specification is told at attach.
+        """Wait a moment for the registration, so that a wrong specification is an error at attach.
 
         Raises:
             RunConflictError, InvalidInputError: the controller refuses this run as specified.

@@ -22,6 +22,7 @@ from typing import IO
 from pydantic import ValidationError
 
 from gns_controller.core.contract import NoiseScaleMeasurement
+from gns_controller.core.policies import KEEP_UNKNOWN
 from gns_controller.core.runs import Registration
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class LeftoverSpool:
     def __init__(self, path: Path) -> None:
         self.path = path
         first, *lines = path.read_text().split("\n")[:-1]
-        self.registration = Registration.model_validate_json(first)
+        self.registration = Registration.model_validate_json(first, context=KEEP_UNKNOWN)
         sent_path = path.with_suffix(".sent")
         text = sent_path.read_text().strip() if sent_path.exists() else ""
         self.measurements: list[NoiseScaleMeasurement] = []

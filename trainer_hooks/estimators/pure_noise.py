@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from gns_controller.core.contract import Geometry
-from gns_controller.core.few_groups import c4
+from gns_controller.core.statistics import c4
 
 _NUM_QUADRATURE_POINTS = 4096
 

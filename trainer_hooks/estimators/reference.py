@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gns_controller.core.contract import Geometry
 from gns_controller.core.errors import GeometryError, InvalidInputError, TooFewGroupsError
-from gns_controller.core.few_groups import c4
+from gns_controller.core.statistics import c4
 from trainer_hooks.estimators import euclidean, sign, spectral
 from trainer_hooks.estimators.by_geometry import PROGRESS_SUMS, SPLIT_SUMS
 from trainer_hooks.estimators.sums import DualNorms, finished_progress, split_dual_norms, spread_dual_norms

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from gns_controller.core.contract import Geometry
 from gns_controller.core.errors import GeometryError, InvalidInputError
-from gns_controller.core.policies import AnyPolicyConfig, InnerProductTestPolicyConfig, ProgressPolicyConfig
+from gns_controller.core.policies import AnyPolicyConfig
 from trainer_hooks.distributed.layout import Layout
 from trainer_hooks.measurement.groups import MeasuredGroup
 from trainer_hooks.measurement.options import MeasurementOptions
@@ -33,8 +33,8 @@ def requirements_of(
 ) -> Requirements:
     """Combine what the caller asks to measure with what the policy cannot do without.
 
-    progress needs the curve: with three sign patterns always, and not as many as the budget finds best, because its
-    averages begin anew when the points move. A policy in the euclidean geometry reads the l2 norm of groups that are
+    A progress curve takes three sign patterns always, and not as many as the budget finds best, because its averages
+    begin anew when the points move. A policy in the euclidean geometry reads the l2 norm of groups that are
     measured in another one as well.
 
     Raises:
@@ -54,23 +54,25 @@ def requirements_of(
         )
 
     # Inner products need every micro-batch's whole gradient until the mean is known.
-    inner_products = isinstance(policy, InnerProductTestPolicyConfig)
+    inner_products = policy.needs.inner_products
     if inner_products and policy.geometry != "euclidean" and geometries != ["euclidean"]:
-        raise GeometryError("inner_product_test is a test in the l2 norm: give it geometry='euclidean'.")
+        raise GeometryError(
+            f"{policy.policy} reads inner products, which belong to the l2 norm: give it geometry='euclidean'."
+        )
     if inner_products and (layout.averages_in_backward or layout.model_parallel_size > 1):
         raise InvalidInputError(
-            "inner_product_test needs every micro-batch's whole gradient until the mean over ranks is known, and with "
+            f"{policy.policy} needs every micro-batch's whole gradient until the mean over ranks is known, and with "
             f"{layout.name} no rank holds one. Use norm_test, or DistributedDataParallel."
         )
 
     # A progress curve needs enough patterns and sample groups for two points.
     num_sign_patterns, min_sample_groups = options.num_sign_patterns, options.min_sample_groups
-    needs_curve = isinstance(policy, ProgressPolicyConfig)
+    needs_curve = policy.needs.progress_curve
     if needs_curve:
         if num_sign_patterns is not None and num_sign_patterns < _CURVE_PATTERNS:
             raise InvalidInputError(
-                f"the policy progress needs num_sign_patterns={_CURVE_PATTERNS} or more, got {num_sign_patterns}: "
-                "progress at two sub-batches takes so many. Leave the option out."
+                f"the policy {policy.policy} needs num_sign_patterns={_CURVE_PATTERNS} or more, got "
+                f"{num_sign_patterns}: progress at two sub-batches takes so many. Leave the option out."
             )
         num_sign_patterns = num_sign_patterns or _CURVE_PATTERNS
         min_sample_groups = max(min_sample_groups, _CURVE_GROUPS)

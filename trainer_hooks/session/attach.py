@@ -24,7 +24,7 @@ from gns_controller.core.policies import AnyPolicyConfig, PolicyState, RunFacts
 from gns_controller.core.policies.base import PolicyConfig
 from gns_controller.core.policies.parsing import policy_of, read_policy, suggested_for
 from gns_controller.core.runs import Registration, RunSpecification
-from trainer_hooks.client import Controller, connect, orders_from
+from trainer_hooks.client import DecisionClient, connect, control_from
 from trainer_hooks.client.connect import SavedDecisions
 from trainer_hooks.client.options import ConnectionOptions
 from trainer_hooks.data.lr_schedule import LearningRateSchedule, sampled
@@ -55,7 +55,7 @@ class Attachment:
     scheduler: MeasurementScheduler
     run_id: str
     specification: RunSpecification
-    client: Controller | None
+    client: DecisionClient | None
     """The client on rank 0, None elsewhere."""
     policy_state: PolicyState
     learning_rate_schedule: LearningRateSchedule
@@ -286,7 +286,7 @@ def open_client(
     policy_state: PolicyState,
     connection: ConnectionOptions,
     ranks: RankGroup,
-) -> Controller | None:
+) -> DecisionClient | None:
     """Return rank 0's client, None on the others, with what the checkpoint saved of earlier decisions. Every rank.
 
     Raises:
@@ -303,7 +303,7 @@ def open_client(
         saved=SavedDecisions(
             policy_state=policy_state,
             pending={int(step): Decision.model_validate(decision) for step, decision in pending.items()},
-            orders=orders_from(state),
+            control=control_from(state),
         ),
         url=url,
         options=connection,

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable
+from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import BatchPlan
 from gns_controller.core.policies import PolicyState, plan_for
 from gns_controller.core.runs import RunSpecification
-from trainer_hooks.client import Controller, Verdict, saved_orders
+from trainer_hooks.client import DecisionClient, Verdict, saved_control
 from trainer_hooks.client.options import ConnectionOptions
 from trainer_hooks.distributed.collectives import broadcast_plan
 from trainer_hooks.distributed.layout import Layout
@@ -40,7 +40,7 @@ class PlanAgreement:
         run_id: str,
         specification: RunSpecification,
         layout: Layout,
-        controller: Controller | None,
+        controller: DecisionClient | None,
         optimizers: Sequence[torch.optim.Optimizer],
         plan: BatchPlan,
         connection: ConnectionOptions,
@@ -87,7 +87,7 @@ class PlanAgreement:
             message = {
                 "policy_state": self._controller.state.model_dump(mode="json"),
                 "pending": {step: decision.model_dump(mode="json") for step, decision in pending},
-                "orders": saved_orders(self._controller.orders),
+                "orders": saved_control(self._controller.control),
             }
         shared = self._ranks.broadcast_message(message)
         delay = self._specification.batch.decision_delay_steps
@@ -188,12 +188,7 @@ def reachable_plan(
 
     Gains by the noise scale are computed again only for another batch; else they stay what they were.
     """
-    batch_size = floor_to_reachable(
-        plan.global_batch_size,
-        micro_batch_size=rules.micro_batch_size,
-        data_parallel_size=data_parallel_size,
-        micro_batch_granularity=rules.micro_batch_granularity,
-    )
+    batch_size = rules.grid(data_parallel_size=data_parallel_size).floor(plan.global_batch_size)
     noise_scale = None
     if batch_size != plan.global_batch_size:
         judged = policy_state.smoothed.judged() if policy_state.smoothed else None

@@ -1,19 +1,19 @@
-"""What all policies share: their settings, what they remember, what they know of the run, what they propose.
+"""The base of all policies: settings, memory, facts of the run, proposals.
 
-One step of the fold is adopt -> observe -> propose (the policy) -> guard -> conclude. Nothing here knows a policy by
-name.
+One step of the fold is adopt -> observe -> propose (the policy) -> guard -> conclude. No policy is named here: each
+declares in its own class what it needs, what it cannot steer, and what it proposes.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from gns_controller.core.aggregation import Aggregation
-from gns_controller.core.batch_arithmetic import BatchRules
+from gns_controller.core.batch_arithmetic import BatchGrid, BatchRules, LearningRateCoupling
 from gns_controller.core.contract import (
     BatchPlan,
     Count,
@@ -27,6 +27,7 @@ from gns_controller.core.contract import (
     Reason,
     Span,
 )
+from gns_controller.core.errors import InvalidInputError
 from gns_controller.core.statistics import Judgement, SignedAverage, SmoothedNoiseScale
 
 _OF_BEFORE = frozenset({"timed_steps", "timed_seconds"})
@@ -65,8 +66,33 @@ class Guards(FrozenModel):
     """Share of the peak learning rate where the decay phase begins."""
 
 
+IntervalUse = Literal["nothing", "resolution", "decision"]
+"""Use that a policy makes of the interval around the averaged noise scale. resolution: without an interval nothing is
+resolved, and the policy holds. decision: it also acts on one end of the interval."""
+
+
+class PolicyNeeds(NamedTuple):
+    """Measurements that a policy cannot do without, besides noise and signal."""
+
+    progress_curve: bool = False
+    """Progress at two sub-batch sizes: a quarter and a half of the batch."""
+    inner_products: bool = False
+    """Variance of the per-sample inner products with the mean gradient, in the euclidean norm."""
+
+
 class PolicyConfig(Guards):
-    """What every policy is told: its guards, and which readings to average. Also what the dashboards then show."""
+    """Base of all policies: guards, the readings to average, and what a policy declares about itself.
+
+    A policy is one class derived from this one, with a field `policy` whose only value is its name, and `propose`.
+    """
+
+    if TYPE_CHECKING:  # each policy declares it, last, as a literal of its own name
+        policy: str
+
+    open_loop: ClassVar[bool] = False
+    """True for a policy that proposes without readings, too; others hold after a measurement that has none for them."""
+    needs: ClassVar[PolicyNeeds] = PolicyNeeds()
+    """Measurements that the policy cannot do without."""
 
     estimator: Estimator = "split"
     """Which estimator's readings to follow."""
@@ -86,6 +112,38 @@ class PolicyConfig(Guards):
     """Weight of the past in the average of noise_sq, per measurement."""
     signal_beta: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Weight of the past in the average of signal_sq, per measurement."""
+
+    @property
+    def interval_use(self) -> IntervalUse:
+        """Use that the policy, with these settings, makes of the interval around the noise scale."""
+        return "nothing"
+
+    @property
+    def follows_schedule(self) -> bool:
+        """True where decisions depend on the decay of the learning rate."""
+        return self.decay != "follow"
+
+    def check(self, facts: RunFacts) -> None:
+        """Refuse a run that this policy cannot steer.
+
+        Here the coupling "seesaw" is refused, which belongs to a policy that trades the decay of the learning rate for
+        batch. A policy that makes this trade replaces the method; one with limits of its own extends it.
+
+        Raises:
+            InvalidInputError: the policy cannot steer the run; the message gives the reason and a way out.
+        """
+        for setting, coupling in facts.couplings.items():
+            if coupling == "seesaw":
+                raise InvalidInputError(
+                    f"{setting}='seesaw' belongs to the policy decay_to_ramp; other ramps want 'sqrt'."
+                )
+
+    def propose(self, situation: Situation) -> Proposal:
+        """Return the batch that the policy asks for after one measurement, before guards.
+
+        Pure: no clock, no randomness, no files, no network, and nothing remembered but what `situation.state` holds.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement propose.")
 
 
 class ProgressAverage(FrozenModel):
@@ -110,7 +168,7 @@ class PolicyState(FrozenModel):
 
     plan: BatchPlan
     smoothed: SmoothedNoiseScale | None = None
-    """What the policy follows."""
+    """The averages that the policy follows."""
     groups: tuple[SmoothedNoiseScale, ...] = ()
     """aggregation "max" only: the averages of each group; `smoothed` is one of them."""
     curve: tuple[ProgressAverage, ...] = ()
@@ -143,15 +201,23 @@ class PolicyState(FrozenModel):
 
 
 class RunFacts(NamedTuple):
-    """What a policy may know of the run that no measurement says."""
+    """Facts of a run that no measurement holds."""
 
     rules: BatchRules
     budget_samples: int | None = None
     tokens_per_sample: int | None = None
 
+    @property
+    def couplings(self) -> dict[str, LearningRateCoupling]:
+        """Setting -> coupling of the learning rate, the common one and those of single optimizers."""
+        couplings = {"learning_rate_coupling": self.rules.learning_rate_coupling}
+        for name, rule in self.rules.optimizer_couplings.items():
+            couplings[f"optimizer_couplings[{name!r}]"] = rule
+        return couplings
+
 
 class Situation(NamedTuple):
-    """What a policy proposes from."""
+    """Input of a policy's proposal: its memory, the measurement, the averages as judged, the facts of the run."""
 
     state: PolicyState
     measurement: NoiseScaleMeasurement
@@ -164,8 +230,13 @@ class Situation(NamedTuple):
         return self.state.plan.global_batch_size
 
     @property
+    def grid(self) -> BatchGrid:
+        """The batches that the present ranks can make."""
+        return self.facts.rules.grid(data_parallel_size=self.measurement.data_parallel_size)
+
+    @property
     def decay(self) -> float:
-        """Scheduled learning rate over the largest it has been, 1 during the warmup; NaN where it is no number."""
+        """Scheduled learning rate over the largest it has been, 1 during the warmup; NaN where it is not finite."""
         peak, factor = self.state.peak_schedule_factor, self.measurement.schedule_factor
         if not math.isfinite(factor):
             return math.nan
@@ -173,7 +244,7 @@ class Situation(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """What a policy wants, before guards and the ranks' arithmetic."""
+    """The batch that a policy asks for, before guards and the ranks' arithmetic."""
 
     batch_size: float | None
     """Samples asked for; None: keep the present batch."""

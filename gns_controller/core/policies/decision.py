@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from gns_controller.core.batch_arithmetic import BatchRules, factor_batch
+from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import BatchPlan, Decision
 from gns_controller.core.coupling import coupled
 from gns_controller.core.policies.base import PolicyState, Proposal, Situation
@@ -34,12 +34,7 @@ def plan_for(
     Raises:
         BatchShapeError: these ranks cannot make that batch.
     """
-    shape = factor_batch(
-        batch_size,
-        micro_batch_size=rules.micro_batch_size,
-        data_parallel_size=data_parallel_size,
-        micro_batch_granularity=rules.micro_batch_granularity,
-    )
+    shape = rules.grid(data_parallel_size=data_parallel_size).factor(batch_size)
     factor, factors, exponent = coupled(
         rules, global_batch_size=shape.global_batch_size, noise_scale=noise_scale, previous=previous
     )

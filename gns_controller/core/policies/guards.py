@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable, next_reachable
+from gns_controller.core.batch_arithmetic import BatchGrid
 from gns_controller.core.contract import Reason
 from gns_controller.core.policies.base import Guards, Proposal, Situation, hold
 
@@ -60,11 +60,12 @@ def guarded(guards: Guards, situation: Situation, proposal: Proposal) -> Proposa
             return hold("capped_max", f"{because}, and the maximum is reached", wish)
         wanted, reason, because = float(most), "capped_max", f"{because}, capped at the maximum of {most}"
 
-    rules, ranks = situation.facts.rules, measurement.data_parallel_size
+    # To a reachable batch that keeps these limits, or none.
+    grid = situation.grid
     highest = min(limit, most)
-    batch_size = _rounded(wanted, rules, ranks, least=least, highest=highest, up=proposal.round_up)
+    batch_size = _rounded(wanted, grid, least=least, highest=highest, up=proposal.round_up)
     if guards.integer_factors:
-        whole = _whole_factor(wanted, current, least, rules, ranks)
+        whole = _whole_factor(wanted, grid, current=current, least=least)
         if whole != batch_size:
             batch_size, reason, because = whole, "capped_integer_factor", f"{because}, and only whole factors are taken"
     if (batch_size - current) * (wanted - current) <= 0:  # rounded to the present batch, or to its other side
@@ -158,43 +159,28 @@ def _limit_clause(guards: Guards, limit: float, limited_by: Reason) -> str:
     return "not while the learning rate decays"
 
 
-def reachable(batch_size: float, rules: BatchRules, data_parallel_size: int, *, up: bool) -> int:
-    """The nearest batch that these ranks can make, below or above."""
+def reachable(batch_size: float, grid: BatchGrid, *, up: bool) -> int:
+    """Return the nearest batch that the ranks can make, below or above."""
     bounded = min(max(batch_size, 0.0), LARGEST_BATCH_SIZE)
-    below = floor_to_reachable(
-        bounded,
-        micro_batch_size=rules.micro_batch_size,
-        data_parallel_size=data_parallel_size,
-        micro_batch_granularity=rules.micro_batch_granularity,
-    )
-    if not up or below >= bounded:
-        return below
-    return next_reachable(
-        below,
-        micro_batch_size=rules.micro_batch_size,
-        data_parallel_size=data_parallel_size,
-        micro_batch_granularity=rules.micro_batch_granularity,
-    )
+    below = grid.floor(bounded)
+    return below if not up or below >= bounded else grid.next(below)
 
 
-def _rounded(
-    wanted: float, rules: BatchRules, data_parallel_size: int, *, least: float, highest: float, up: bool
-) -> int:
-    """Reachable, and between the two where such a batch exists."""
+def _rounded(wanted: float, grid: BatchGrid, *, least: float, highest: float, up: bool) -> int:
+    """Return a reachable batch, between the two limits where such a batch exists."""
     # The small term keeps a wish that a batch meets exactly, but for its last bits, from asking for the next one.
-    batch_size = reachable(wanted * (1 - 1e-13) if up else wanted, rules, data_parallel_size, up=up)
+    batch_size = reachable(wanted * (1 - 1e-13) if up else wanted, grid, up=up)
     if batch_size > highest:
-        batch_size = reachable(highest, rules, data_parallel_size, up=False)
-    return reachable(least, rules, data_parallel_size, up=True) if batch_size < least else batch_size
+        batch_size = reachable(highest, grid, up=False)
+    return reachable(least, grid, up=True) if batch_size < least else batch_size
 
 
-def _whole_factor(wanted: float, current: int, least: int, rules: BatchRules, data_parallel_size: int) -> int:
-    """The largest reachable whole multiple of the present batch up to `wanted`, or the first one from `least` on.
+def _whole_factor(wanted: float, grid: BatchGrid, *, current: int, least: int) -> int:
+    """Return the largest reachable whole multiple of the present batch up to `wanted`, or the first from `least` on.
 
     Below the present batch, the largest reachable whole part of it.
     """
-    full_pass = rules.micro_batch_size * data_parallel_size
-    finest = min(rules.micro_batch_granularity, rules.micro_batch_size) * data_parallel_size
+    full_pass, finest = grid.full_pass, grid.finest
     if wanted >= current:
         coarse, fine = math.lcm(current, full_pass), math.lcm(current, finest)
         largest = max(int(wanted // coarse) * coarse, int(min(wanted, full_pass - 1) // fine) * fine, current)
@@ -205,6 +191,6 @@ def _whole_factor(wanted: float, current: int, least: int, rules: BatchRules, da
     first = max(math.ceil(current / max(wanted, finest)), 2)
     for part in range(first, first + _MAX_PARTS):
         candidate = current // part
-        if current % part == 0 and reachable(candidate, rules, data_parallel_size, up=False) == candidate:
+        if current % part == 0 and reachable(candidate, grid, up=False) == candidate:
             return candidate
     return current

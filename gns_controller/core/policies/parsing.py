@@ -1,30 +1,29 @@
-"""A policy as one document, JSON or TOML; and what is wrong with a document, in words of ours."""
+"""A policy as one document, JSON or TOML; and the faults of a document, in sentences of this project."""
 
 from __future__ import annotations
 
 import json
 import tomllib
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
 from gns_controller.core.errors import InvalidInputError
-from gns_controller.core.policies import AnyPolicyConfig
+from gns_controller.core.policies.any_policy import AnyPolicyConfig, policy_names
 
 _POLICY: TypeAdapter[AnyPolicyConfig] = TypeAdapter(AnyPolicyConfig)
-_NAMES = frozenset(model.model_fields["policy"].default for model in get_args(get_args(AnyPolicyConfig)[0]))
 
 
 def suggested_for(text: str) -> str:
-    """What to write instead of a policy's bare name, to end a sentence with; empty for any other text."""
-    return f'; write \'{{"policy": "{text}"}}\'' if text in _NAMES else ""
+    """Return what to write instead of a policy's bare name, to end a sentence with; empty for any other text."""
+    return f'; write \'{{"policy": "{text}"}}\'' if text in policy_names() else ""
 
 
 def read_policy(text: str) -> AnyPolicyConfig:
-    """JSON if it begins with a brace, else TOML.
+    """Read a policy from text: JSON if it begins with a brace, else TOML.
 
     Raises:
-        InvalidInputError: it is neither, or no policy; every wrong field is named.
+        InvalidInputError: the text is neither, or not a policy; every wrong field is named.
     """
     is_json = text.lstrip().startswith("{")
     try:
@@ -36,10 +35,10 @@ def read_policy(text: str) -> AnyPolicyConfig:
 
 
 def policy_of(document: object) -> AnyPolicyConfig:
-    """The policy that a parsed document says.
+    """Return the policy of a parsed document.
 
     Raises:
-        InvalidInputError: it is no policy; every wrong field is named.
+        InvalidInputError: the document is not a policy; every wrong field is named.
     """
     try:
         return _POLICY.validate_python(document)

@@ -8,7 +8,7 @@ from gns_controller.core.aggregation import summed, weighted_by_learning_rate
 from gns_controller.core.contract import BatchPlan, GroupReading, NoiseScaleMeasurement, ProgressPoint, Reason
 from gns_controller.core.coupling import coupled
 from gns_controller.core.policies.base import PolicyConfig, PolicyState, ProgressAverage, RunFacts, StepTiming
-from gns_controller.core.statistics import NOTHING_SEEN, SignedAverage, SmoothedNoiseScale
+from gns_controller.core.statistics import NOTHING_SEEN, SignedAverage, SmoothedNoiseScale, corrected_for_few_groups
 
 _TIMING_BETA = 0.9
 _MAX_TIMINGS = 32
@@ -87,7 +87,7 @@ def followed_readings(config: PolicyConfig, measurement: NoiseScaleMeasurement) 
             continue
         if config.geometry is None and reading.repeats is not None:
             continue  # the same parameters in their own norm are here as well
-        found.append(reading.corrected_for_few_groups() if config.correct_few_groups else reading)
+        found.append(corrected_for_few_groups(reading) if config.correct_few_groups else reading)
         if config.aggregation == "matrices_only":
             break
     if not found or config.aggregation in ("matrices_only", "max"):

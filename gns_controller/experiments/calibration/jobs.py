@@ -17,14 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gns_controller.core.errors import GnsError, InvalidInputError
+from gns_controller.core.errors import GnsError, InvalidInputError, JobError
 from gns_controller.experiments.subprocesses import child
 
 JOB_MODULE = "trainer_hooks.examples.train_lm"
-
-
-class JobError(GnsError):
-    """The example job failed; the message names its log."""
 
 
 @dataclass(frozen=True)

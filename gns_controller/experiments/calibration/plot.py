@@ -5,26 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gns_controller.core.errors import MissingDependencyError
 from gns_controller.experiments.calibration.results import CheckpointResult
-
-COLOURS = {"split": "#1f6feb", "rank_variance": "#c2571a"}
-"""As in the demonstration's plot."""
+from gns_controller.experiments.figures import ESTIMATOR_COLOURS, new_figure, save_figure
 
 
 def plot_results(results: Sequence[CheckpointResult], path: Path, *, tolerance: float) -> None:
-    """Write a PNG.
+    """Draw the results and write a PNG.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingDependencyError("the plot needs matplotlib: pip install 'gns-controller[demo]'.") from None
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width=12, height=4.5)
     over_samples, over_batches = figure.subplots(1, 2)
     samples = [result.samples for result in results]
     if results[0].critical_batch_size is not None:
@@ -40,18 +31,18 @@ def plot_results(results: Sequence[CheckpointResult], path: Path, *, tolerance: 
             capsize=4,
             label="critical batch, to the next tried",
         )
-    for estimator, colour in COLOURS.items():
+    for estimator, colour in ESTIMATOR_COLOURS.items():
         for is_resolved in (True, False):
-            found = [
+            points = [
                 (result.samples, scale.noise_scale)
                 for result in results
                 for scale in result.noise_scales
                 if scale.estimator == estimator and scale.unresolved != is_resolved and scale.noise_scale
             ]
-            if found:
+            if points:
                 face = colour if is_resolved else "none"
                 label = f"noise scale, {estimator}" + ("" if is_resolved else " (unresolved)")
-                over_samples.scatter(*zip(*found, strict=True), edgecolors=colour, facecolors=face, label=label)
+                over_samples.scatter(*zip(*points, strict=True), edgecolors=colour, facecolors=face, label=label)
     over_samples.set_yscale("log", base=2)
     over_samples.set_xlabel("samples seen")
     over_samples.set_ylabel("samples")
@@ -65,7 +56,5 @@ def plot_results(results: Sequence[CheckpointResult], path: Path, *, tolerance: 
     over_batches.set_xlabel("global batch size of the branch (samples)")
     over_batches.set_ylabel("smoothed loss above the checkpoint's batch (nats)")
     for axes in (over_samples, over_batches):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)

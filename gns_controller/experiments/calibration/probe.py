@@ -1,4 +1,4 @@
-"""Make checkpoints if none are given, branch from each, and tell what came out.
+"""Make checkpoints if none are given, branch from each, and report the results.
 
 Finished jobs of the same settings that lie in the output folder are read, not run again.
 """
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 
-from gns_controller.core.batch_arithmetic import factor_batch
+from gns_controller.core.batch_arithmetic import BatchGrid
 from gns_controller.core.errors import InvalidInputError, MissingDependencyError
 from gns_controller.experiments.calibration.jobs import Job, describe_checkpoint, read_records
 from gns_controller.experiments.calibration.plot import plot_results
@@ -27,7 +27,8 @@ from gns_controller.experiments.calibration.results import (
     policy_document,
     typical_theta,
 )
-from gns_controller.experiments.calibration.tables import tell
+from gns_controller.experiments.calibration.tables import print_results
+from gns_controller.experiments.progress import progress_bars
 from gns_controller.experiments.subprocesses import end_on_signals
 
 STEPS_BETWEEN_MEASUREMENTS = 3
@@ -114,16 +115,7 @@ def run_calibration(settings: CalibrationSettings, console: Console) -> dict[str
     settings.output.mkdir(parents=True, exist_ok=True)
     bases = _base_jobs(settings)
     probes = [_probe(settings, path, number) for number, path in enumerate(settings.checkpoints)]
-    columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>4.0f} %"),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    with Progress(*columns, console=console) as progress:
+    with progress_bars(console) as progress:
         bar = _Bar(progress, num_samples=sum(base.num_samples for base in bases))
         for base in bases:
             bar.run(base)
@@ -144,7 +136,7 @@ def _report(settings: CalibrationSettings, results: Sequence[CheckpointResult], 
         "policy": policy,
     }
     (settings.output / "calibration.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    tell(results, console, tolerance=settings.tolerance)
+    print_results(results, console, tolerance=settings.tolerance)
     console.print(f"Numbers: {settings.output / 'calibration.json'}", soft_wrap=True)
     if policy is not None:
         policy_path = settings.output / "critical_batch_table.json"
@@ -248,8 +240,9 @@ def _branch_length(
     Raises:
         InvalidInputError: there is no such length within the budget, or a batch these ranks cannot make.
     """
+    grid = BatchGrid(micro_batch_size=micro_batch_size, data_parallel_size=num_ranks)
     for multiple in settings.multiples:
-        factor_batch(multiple * batch_size, micro_batch_size=micro_batch_size, data_parallel_size=num_ranks)
+        grid.factor(multiple * batch_size)
     whole = math.lcm(*settings.multiples) * batch_size
     length = settings.branch_samples
     if length is None:

@@ -18,8 +18,8 @@ from gns_controller.experiments.calibration.results import (
 _SIGNS = {"": "", "at_least": ">= ", "at_most": "<= "}
 
 
-def tell(results: Sequence[CheckpointResult], console: Console, *, tolerance: float) -> None:
-    """Print what was measured."""
+def print_results(results: Sequence[CheckpointResult], console: Console, *, tolerance: float) -> None:
+    """Print the tables and the remarks under them."""
     is_price = results[0].price is not None
     console.print(_prices(results) if is_price else _critical_batches(results))
     console.print(_noise_scales(results))

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gns_controller.core.errors import MissingDependencyError
 from gns_controller.experiments.demo.results import RunResult
+from gns_controller.experiments.figures import ESTIMATOR_COLOURS, new_figure, save_figure
 
-COLOURS = ("#5b6573", "#9aa3ad", "#c2571a", "#1f6feb", "#2a8c5a")
+COLOURS = ("#5b6573", "#9aa3ad", ESTIMATOR_COLOURS["rank_variance"], ESTIMATOR_COLOURS["split"], "#2a8c5a")
 """Baselines grey, published orange, split blue, open loop green."""
 
 
 def plot_results(results: list[RunResult], path: Path, *, subtitle: str) -> None:
-    """Write a PNG.
+    """Draw the results and write a PNG.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingDependencyError("the plot needs matplotlib: pip install 'gns-controller[demo]'.") from None
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width=12, height=8)
     (over_samples, over_steps), (batches, scales) = figure.subplots(2, 2)
     floor = min(result.best_loss for result in results)
     top = max(result.evaluations[len(result.evaluations) // 6]["validation_loss"] for result in results)
@@ -52,10 +46,7 @@ def plot_results(results: list[RunResult], path: Path, *, subtitle: str) -> None
     for axes in (over_samples, batches, scales):
         axes.set_xlabel("samples seen")
     over_steps.set_xlabel("optimizer steps")
-    for axes in (over_samples, over_steps, batches, scales):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     over_steps.legend(frameon=False)
     scales.legend(frameon=False, fontsize="small")
     figure.suptitle(subtitle, fontsize="medium")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""Start a controller, run the example job once per method, tell what happened.
+"""Start a controller, run the example job once per method, report the results.
 
 Every process started here is in a session of its own and is ended on every way out, one Ctrl-C included.
 """
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gns_controller.core.errors import GnsError, MissingDependencyError
+from gns_controller.core.errors import DemoError, MissingDependencyError
 from gns_controller.experiments.demo.methods import Method, closed_methods, open_loop_twin
 from gns_controller.experiments.demo.plot import plot_results
 from gns_controller.experiments.demo.results import RunResult, markdown_report, number_text, steps_text, summarize
+from gns_controller.experiments.progress import progress_bars
 from gns_controller.experiments.subprocesses import child, end_on_signals
 
 
@@ -39,10 +39,6 @@ class DemoSettings:
     output: Path = Path("demo-output")
     port: int = 0
     exit_at_end: bool = False
-
-
-class DemoError(GnsError):
-    """A process of the demonstration failed; the message names its log."""
 
 
 def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
@@ -73,7 +69,7 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
         machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
         report = markdown_report(rows, settings=subtitle, start=results[0].start, machine=machine)
         (settings.output / "demo.md").write_text(report)
-        _tell(rows, subtitle, results[0].start, console)
+        _print_results(rows, subtitle, results[0].start, console)
         console.print(f"Plot: {plot_path}    Numbers: {settings.output / 'demo.json'}")
         if not settings.exit_at_end:
             console.print(f"Live page: [bold]{url}[/bold]    Ctrl-C ends.")
@@ -84,17 +80,8 @@ def run_demo(settings: DemoSettings, console: Console) -> list[dict[str, Any]]:
 
 
 def _run_methods(settings: DemoSettings, url: str, stamp: str, console: Console) -> list[RunResult]:
-    columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>4.0f} %"),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
     results: list[RunResult] = []
-    with Progress(*columns, console=console) as progress:
+    with progress_bars(console) as progress:
         methods = closed_methods(settings.optimizer, budget_samples=settings.budget_samples)
         whole = progress.add_task("all methods", total=(len(methods) + 1) * settings.budget_samples, state="")
         for number in range(len(methods) + 1):
@@ -171,7 +158,7 @@ def _controller(settings: DemoSettings) -> Iterator[str]:
         yield ready.read_text().strip()
 
 
-def _tell(rows: list[dict[str, Any]], subtitle: str, start: dict[str, Any], console: Console) -> None:
+def _print_results(rows: list[dict[str, Any]], subtitle: str, start: dict[str, Any], console: Console) -> None:
     results = Table(title=subtitle, title_justify="left", title_style="bold")
     results.add_column("method")
     for heading in ("validation loss", "steps", "of baseline's", "samples", "seconds"):

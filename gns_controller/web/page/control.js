@@ -1,6 +1,6 @@
 // Who decides, and the means to overrule: pin a batch, hold the present one, release, change the policy.
 //
-// Everything sent names the revision that the person saw; if somebody else spoke meanwhile, nothing changes.
+// Every command names the revision that the operator saw; if another command came first, nothing changes.
 
 import { ApiError, anotherToken, getTagged, send } from "./api.js";
 import { confirmed } from "./dialogs.js";

@@ -1,4 +1,4 @@
-// The table of decisions and of operators' words: newest first, changes emphasised, a bounded number of rows.
+// The table of decisions and of operator commands: newest first, changes emphasised, a bounded number of rows.
 
 import { h, setText } from "./dom.js";
 import * as format from "./format.js";
@@ -71,7 +71,7 @@ export class Decisions {
     this.stale = true;
   }
 
-  /** A word of an operator: with the changes too, because it changes who decides. */
+  /** An operator command: among the changes too, because it changes what decides. */
   addControl(control) {
     const entry = { sequence: control.sequence, control };
     push(this.all, entry);
@@ -130,7 +130,7 @@ function rowOf({ sequence, decision, control }) {
   );
 }
 
-/** A line of its own: who spoke, what was said, when. */
+/** A row for an operator command: its revision, what it did, and when. */
 function controlRow(control) {
   const kind = control.action === "override" ? control.override?.kind ?? control.action : control.action;
   const at = new Date(control.received_at);

@@ -1,4 +1,4 @@
-// Who decides about a run, in words: the policy, or the operator above it.
+// What decides about a run, in words: the policy, or the operator above it.
 
 import * as format from "./format.js";
 import { differences, isObject } from "./jsontext.js";
@@ -20,11 +20,11 @@ export function overrideText(override, batch = null) {
 export function controlText({ action, policy, override, note }) {
   if (action === "override" && override) return `${overrideText(override)}.`;
   const because = note ? `: ${note}` : "";
-  if (action === "release") return `An operator gives the word back to the policy ${policy.policy}${because}.`;
+  if (action === "release") return `An operator releases the batch to the policy ${policy.policy}${because}.`;
   return `An operator changes the policy to ${policy.policy}${because}.`;
 }
 
-/** What became of it between two revisions, one line for each thing. */
+/** Differences between two revisions, one line for each thing. */
 export function whatChanged(before, after) {
   const lines = differences(before.policy, after.policy).map(
     (name) => `${name}: ${valueText(before.policy[name])} → ${valueText(after.policy[name])}`,

@@ -1,4 +1,4 @@
-"""Routes of operators: the policy of a run, overrides above it, what was said so far, and replay."""
+"""Routes of operators: the policy of a run, the override above it, the commands so far, and replay."""
 
 from __future__ import annotations
 
@@ -15,17 +15,10 @@ from gns_controller.core.errors import BatchShapeError
 from gns_controller.core.policies import AnyPolicyConfig
 from gns_controller.core.replay import ReplayReport
 from gns_controller.core.runs import ControlPage, PolicyView
-from gns_controller.service.operators import recorded_event
-from gns_controller.web.dependencies import (
-    CursorQuery,
-    OrderQuery,
-    RunIdPath,
-    ServiceDep,
-    decode_cursor,
-    encode_cursor,
-    json_response,
-)
+from gns_controller.service.log_replay import recorded_event
+from gns_controller.web.dependencies import RunIdPath, ServiceDep, json_response
 from gns_controller.web.openapi import body_of, patch_of, policy_body, problems
+from gns_controller.web.paging import LogPageQuery, read_log_page
 from gns_controller.web.problems import INVALID_INPUT, REVISION_REQUIRED, FieldProblem, ProblemError
 from gns_controller.web.request_bodies import json_body, merge_patch, patched_policy, whole_policy
 
@@ -44,14 +37,14 @@ class ReplayBody(FrozenModel):
     """Body of POST /runs/{run_id}/replay."""
 
     policy: AnyPolicyConfig | None = None
-    """What to ask; null: what ran, with every word of an operator."""
+    """The policy to replay; null: what ran, with every operator command."""
     follow_trainer: bool | None = None
     """Take the batch in force from each measurement; null: as it was done for what ran, false for another policy."""
 
 
 @router.get("/runs/{run_id}/policy", response_model=PolicyView, responses={200: dict(_ETAG), **problems(404, 422, 503)})
 async def show_policy(run_id: RunIdPath, service: ServiceDep) -> Response:
-    """Who decides: the policy, its revision, and the override above it."""
+    """Return the control of a run: its policy, the revision, and the override above it."""
     return _answer(await run_in_threadpool(service.controller.policy, run_id))
 
 
@@ -72,8 +65,8 @@ async def change_policy(
     known = await run_in_threadpool(service.controller.policy, run_id)
     _require_revision(if_match)
     policy = patched_policy(known.policy, patch)
-    asked = _revisions(if_match)
-    revisions = {known.policy_revision} if asked is None else asked & {known.policy_revision}
+    named = _revisions(if_match)
+    revisions = {known.policy_revision} if named is None else named & {known.policy_revision}
     return _answer(
         await asyncio.wrap_future(service.controller.set_policy(run_id, policy, revisions=revisions, note=note))
     )
@@ -138,24 +131,10 @@ async def release_override(
 
 
 @router.get("/runs/{run_id}/controls", response_model=ControlPage, responses=problems(404, 422, 503))
-async def list_controls(
-    run_id: RunIdPath,
-    service: ServiceDep,
-    cursor: CursorQuery = None,
-    limit: Annotated[int, Query(ge=1, le=1000, description="Most items of the page.")] = 100,
-    order: OrderQuery = "asc",
-) -> Response:
-    """What happened between measurements: attempts that registered, and words of operators."""
-    entries = await run_in_threadpool(
-        service.controller.entries,
-        run_id,
-        measurements=False,
-        after=decode_cursor(cursor),
-        limit=limit + 1,
-        descending=order == "desc",
-    )
-    following = encode_cursor(entries[limit - 1].sequence) if len(entries) > limit else None
-    return json_response(ControlPage(items=tuple(map(recorded_event, entries[:limit])), next_cursor=following))
+async def list_controls(run_id: RunIdPath, service: ServiceDep, page: LogPageQuery) -> Response:
+    """Return what happened between measurements: attempts that registered, and operator commands."""
+    items, following = await read_log_page(service, run_id, page, measurements=False, item_of=recorded_event)
+    return json_response(ControlPage(items=items, next_cursor=following))
 
 
 @router.post(
@@ -184,13 +163,13 @@ def _require_revision(if_match: str | None) -> None:
     if if_match is None:
         raise ProblemError(
             REVISION_REQUIRED,
-            "Send If-Match with the ETag of GET /policy, so that nobody's change is overwritten unseen; * for any.",
+            "Send If-Match with the ETag of GET /policy, so that no change is overwritten unseen; * for any.",
         )
 
 
 def _revisions(if_match: str | None) -> set[int] | None:
-    """The revisions that an If-Match names, quoted or bare; a weak tag matches nothing. None for any."""
+    """Return the revisions that an If-Match names, quoted or bare; a weak tag matches nothing. None for any."""
     tags = [tag.strip() for tag in (if_match or "").split(",")]
     if "*" in tags:
         return None
-    return {int(found[2]) for tag in tags if (found := _OURS.fullmatch(tag))}
+    return {int(match[2]) for tag in tags if (match := _OURS.fullmatch(tag))}

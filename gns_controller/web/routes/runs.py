@@ -1,4 +1,4 @@
-"""Routes of runs: register, report, list, look."""
+"""Routes of runs: register, report, list, show."""
 
 from __future__ import annotations
 
@@ -15,31 +15,19 @@ from gns_controller.core.runs import (
     DecisionPage,
     IngestReply,
     MeasurementPage,
-    RecordedDecision,
-    RecordedMeasurement,
     Registration,
     RegistrationReply,
     RunPage,
     RunView,
 )
-from gns_controller.store import LogEntry, MeasurementBody
-from gns_controller.web.dependencies import (
-    CursorQuery,
-    OrderQuery,
-    RunIdPath,
-    Service,
-    ServiceDep,
-    decode_cursor,
-    encode_cursor,
-    json_response,
-)
+from gns_controller.service.log_replay import recorded_decision, recorded_measurement
+from gns_controller.web.dependencies import RunIdPath, Service, ServiceDep, json_response
 from gns_controller.web.openapi import body_of, problems
+from gns_controller.web.paging import CursorQuery, LogPageQuery, decode_cursor, encode_cursor, read_log_page
 from gns_controller.web.problems import INVALID_INPUT, FieldProblem, ProblemError
 from gns_controller.web.request_bodies import json_body
 
 router = APIRouter(prefix="/api/v1", tags=["runs"])
-
-EntriesLimit = Annotated[int, Query(ge=1, le=1000, description="Most items of the page.")]
 
 
 class MeasurementsBody(FrozenModel):
@@ -62,7 +50,7 @@ class MeasurementsBody(FrozenModel):
 async def register(
     run_id: RunIdPath, registration: Annotated[Registration, Depends(json_body(Registration))], service: ServiceDep
 ) -> Response:
-    """Announce an incarnation of a run. Idempotent: the same incarnation keeps its attempt."""
+    """Register an incarnation of a run. Idempotent: the same incarnation keeps its attempt."""
     done = await asyncio.wrap_future(service.controller.register(run_id, registration))
     return json_response(done.reply, status=201 if done.created else 200)
 
@@ -76,7 +64,7 @@ async def register(
 async def report(
     run_id: RunIdPath, body: Annotated[MeasurementsBody, Depends(json_body(MeasurementsBody))], service: ServiceDep
 ) -> Response:
-    """Record measurements and answer the plan to follow. 200 means: on disk. Idempotent per optimizer_step."""
+    """Record measurements and return the plan to follow. 200 means: on disk. Idempotent per optimizer_step."""
     _refuse_too_many(body, service)
     reply = await asyncio.wrap_future(service.controller.ingest(run_id, body.measurements))
     return json_response(reply)
@@ -88,7 +76,7 @@ async def list_runs(
     cursor: CursorQuery = None,
     limit: Annotated[int, Query(ge=1, le=200, description="Most runs of the page.")] = 50,
 ) -> Response:
-    """Runs, newest registration first."""
+    """Return runs, newest registration first."""
     before = decode_cursor(cursor)
     views = await run_in_threadpool(service.controller.views, limit=limit + 1, before=before)
     following = encode_cursor(views[limit - 1][0]) if len(views) > limit else None
@@ -97,65 +85,22 @@ async def list_runs(
 
 @router.get("/runs/{run_id}", response_model=RunView, responses=problems(404, 422, 503))
 async def show(run_id: RunIdPath, service: ServiceDep) -> Response:
-    """One run, with its last measurement and decision."""
+    """Return one run, with its last measurement and decision."""
     return json_response(await run_in_threadpool(service.controller.view, run_id))
 
 
 @router.get("/runs/{run_id}/measurements", response_model=MeasurementPage, responses=problems(404, 422, 503))
-async def list_measurements(
-    run_id: RunIdPath,
-    service: ServiceDep,
-    cursor: CursorQuery = None,
-    limit: EntriesLimit = 100,
-    order: OrderQuery = "asc",
-) -> Response:
-    """What the run reported, of all its attempts, in the order in which it arrived."""
-    entries, following = await _page(service, run_id, cursor=cursor, limit=limit, order=order)
-    items = tuple(
-        RecordedMeasurement(
-            sequence=entry.sequence,
-            received_at=entry.at,
-            measurement=MeasurementBody.model_validate_json(entry.body).measurement,
-        )
-        for entry in entries
-    )
+async def list_measurements(run_id: RunIdPath, service: ServiceDep, page: LogPageQuery) -> Response:
+    """Return the measurements of a run, of all its attempts, in the order in which they arrived."""
+    items, following = await read_log_page(service, run_id, page, measurements=True, item_of=recorded_measurement)
     return json_response(MeasurementPage(items=items, next_cursor=following))
 
 
 @router.get("/runs/{run_id}/decisions", response_model=DecisionPage, responses=problems(404, 422, 503))
-async def list_decisions(
-    run_id: RunIdPath,
-    service: ServiceDep,
-    cursor: CursorQuery = None,
-    limit: EntriesLimit = 100,
-    order: OrderQuery = "asc",
-) -> Response:
-    """What was decided on each measurement, and why."""
-    entries, following = await _page(service, run_id, cursor=cursor, limit=limit, order=order)
-    items = tuple(
-        RecordedDecision(
-            sequence=entry.sequence,
-            decided_at=entry.at,
-            decision=MeasurementBody.model_validate_json(entry.body).decision,
-        )
-        for entry in entries
-    )
+async def list_decisions(run_id: RunIdPath, service: ServiceDep, page: LogPageQuery) -> Response:
+    """Return the decision on each measurement, with its reason."""
+    items, following = await read_log_page(service, run_id, page, measurements=True, item_of=recorded_decision)
     return json_response(DecisionPage(items=items, next_cursor=following))
-
-
-async def _page(
-    service: Service, run_id: str, *, cursor: str | None, limit: int, order: str
-) -> tuple[list[LogEntry], str | None]:
-    entries = await run_in_threadpool(
-        service.controller.entries,
-        run_id,
-        measurements=True,
-        after=decode_cursor(cursor),
-        limit=limit + 1,
-        descending=order == "desc",
-    )
-    following = encode_cursor(entries[limit - 1].sequence) if len(entries) > limit else None
-    return entries[:limit], following
 
 
 def _refuse_too_many(body: MeasurementsBody, service: Service) -> None:

@@ -38,6 +38,7 @@ def test_a_doctor_finds_a_healthy_machine_healthy_and_a_damaged_database_not(ser
     assert code == 0
     assert {finding["name"]: finding["ok"] for finding in json.loads(output)} == {
         "versions": True,
+        "policies": True,
         "settings": True,
         "database": True,
         "controller": True,
@@ -48,7 +49,7 @@ def test_a_doctor_finds_a_healthy_machine_healthy_and_a_damaged_database_not(ser
     assert "WRONG  database: the database file is damaged" in output
     code, output, _ = run_cli("doctor", "--url", "http://127.0.0.1:1", folder=tmp_path)
     assert code == 1
-    assert "nobody answers" in output
+    assert "no controller answers" in output
 
 
 def test_a_database_is_made_then_found_sound(tmp_path: Path) -> None:

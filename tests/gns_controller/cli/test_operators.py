@@ -207,18 +207,18 @@ def test_the_last_decision_of_a_finished_run_is_about_a_measurement(server: Serv
     assert cli(server, "run", "policy", "run")[2] == "", "nothing was said"
 
 
-def test_a_replay_of_what_ran_counts_the_words_of_operators(server: Server) -> None:
+def test_replay_of_what_ran_counts_the_operator_commands(server: Server) -> None:
     register(server)
     post(server, report(1, noise_scale=1.0))
     path = server.directory / "run.jsonl"
-    for num_words, words in enumerate(("no words", "1 word", "2 words")):
-        if num_words:
-            cli(server, "run", "policy", "run", "--set", f"deadband=0.{num_words}")
-            post(server, report(1 + num_words, noise_scale=1.0))
+    for num_commands, commands in enumerate(("no operator commands", "1 operator command", "2 operator commands")):
+        if num_commands:
+            cli(server, "run", "policy", "run", "--set", f"deadband=0.{num_commands}")
+            post(server, report(1 + num_commands, noise_scale=1.0))
         path.write_text(cli(server, "run", "export", "run")[1])
         for code, output, _ in (cli(server, "replay", "run"), typed("replay", str(path))):
             assert code == 0
-            assert (f", as it ran, {words} of operators" in output) == (num_words > 0)
+            assert (f", as it ran, {commands}\n" in output) == (num_commands > 0)
     asked = cli(server, "replay", "run", "--policy", '{"policy": "hold"}')[1]
     assert "operators" not in asked, "left out of what another policy is asked"
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args
 from hypothesis import strategies as st
 
 from gns_controller.core.aggregation import Aggregation
-from gns_controller.core.batch_arithmetic import BatchRules, factor_batch, floor_to_reachable
+from gns_controller.core.batch_arithmetic import BatchGrid, BatchRules
 from gns_controller.core.contract import (
     BatchPlan,
     GroupReading,
@@ -131,9 +131,8 @@ def runs(draw: st.DrawFn, policies: tuple[type[Any], ...] = tuple(ROOMS)) -> Run
     couplings = ["sqrt", "seesaw"] if trades else ["sqrt", "linear", "none", "adamscale"]
     if not trades and policy.geometry == "euclidean":
         couplings.append("adascale")
-    start = floor_to_reachable(
-        draw(st.integers(1, 120)), micro_batch_size=micro, data_parallel_size=ranks, micro_batch_granularity=granularity
-    )
+    grid = BatchGrid(micro_batch_size=micro, data_parallel_size=ranks, micro_batch_granularity=granularity)
+    start = grid.floor(draw(st.integers(1, 120)))
     rules = BatchRules(
         global_batch_size=start,
         micro_batch_size=micro,
@@ -244,15 +243,11 @@ class Trainer:
             self._batch = plan.global_batch_size
         else:
             begins = 0
-        cut = {
-            "micro_batch_size": self._rules.micro_batch_size,
-            "data_parallel_size": self._ranks,
-            "micro_batch_granularity": self._rules.micro_batch_granularity,
-        }
-        self._batch = floor_to_reachable(self._batch, **cut)
+        grid = self._rules.grid(data_parallel_size=self._ranks)
+        self._batch = grid.floor(self._batch)
         self._step += report.steps
         self._samples += (report.steps - begins) * self._batch
-        shape = factor_batch(self._batch, **cut)
+        shape = grid.factor(self._batch)
         return NoiseScaleMeasurement(
             run_id=run_id,
             attempt=0,

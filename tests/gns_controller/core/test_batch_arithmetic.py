@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gns_controller.core.batch_arithmetic import factor_batch, floor_to_reachable, next_reachable
+from gns_controller.core.batch_arithmetic import BatchGrid
 from gns_controller.core.coupling import learning_rate_factor
 from gns_controller.core.errors import BatchShapeError
 
@@ -19,38 +19,39 @@ ARITHMETIC = {
 
 def test_the_ladder_of_the_recorded_runs_is_reachable() -> None:
     # 8 ranks, 16 sequences each, cut in fours below one full pass: 64, 96, 128, 256, 384 (published runs at 160M).
+    grid = BatchGrid(micro_batch_size=16, data_parallel_size=8, micro_batch_granularity=4)
     rungs, batch = [64], 64
     while batch < 384:
-        batch = next_reachable(batch, micro_batch_size=16, data_parallel_size=8, micro_batch_granularity=4)
+        batch = grid.next(batch)
         rungs.append(batch)
     assert rungs == [64, 96, 128, 256, 384]
 
 
 def test_an_unreachable_batch_names_its_neighbours() -> None:
     with pytest.raises(BatchShapeError, match=r"8 \* 8 = 64. Nearest reachable: 960 or 1024"):
-        factor_batch(1000, micro_batch_size=8, data_parallel_size=8)
+        BatchGrid(micro_batch_size=8, data_parallel_size=8).factor(1000)
     with pytest.raises(BatchShapeError, match=r"4 \* 8 = 32. Nearest reachable: 64 or 96"):
-        factor_batch(65, micro_batch_size=16, data_parallel_size=8, micro_batch_granularity=4)
+        BatchGrid(micro_batch_size=16, data_parallel_size=8, micro_batch_granularity=4).factor(65)
     with pytest.raises(BatchShapeError, match=r"Nearest reachable: 8\."):
-        factor_batch(3, micro_batch_size=16, data_parallel_size=8)
+        BatchGrid(micro_batch_size=16, data_parallel_size=8).factor(3)
 
 
 @given(batch=st.integers(1, 100_000), **ARITHMETIC)
 def test_a_floored_batch_is_reachable_and_the_next_one_is_above(
     batch: int, micro_batch_size: int, data_parallel_size: int, micro_batch_granularity: int
 ) -> None:
-    shape = {
-        "micro_batch_size": micro_batch_size,
-        "data_parallel_size": data_parallel_size,
-        "micro_batch_granularity": micro_batch_granularity,
-    }
-    floor = floor_to_reachable(batch, **shape)
-    made = factor_batch(floor, **shape)
+    grid = BatchGrid(
+        micro_batch_size=micro_batch_size,
+        data_parallel_size=data_parallel_size,
+        micro_batch_granularity=micro_batch_granularity,
+    )
+    floor = grid.floor(batch)
+    made = grid.factor(floor)
     assert made.micro_batch_size * made.gradient_accumulation_steps * data_parallel_size == floor
     assert made.micro_batch_size <= micro_batch_size
-    above = next_reachable(floor, **shape)
+    above = grid.next(floor)
     assert above > batch or floor > batch
-    factor_batch(above, **shape)
+    grid.factor(above)
 
 
 @pytest.mark.parametrize(("coupling", "expected"), [("sqrt", 2.0), ("linear", 4.0), ("none", 1.0)])

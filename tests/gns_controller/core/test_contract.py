@@ -10,10 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from gns_controller.core.contract import Decision, GroupReading, NoiseScaleMeasurement, ProgressPoint
-from gns_controller.core.few_groups import c4
 from gns_controller.core.policies import PolicyState, decide
 from gns_controller.core.replay import replay
 from gns_controller.core.runs import RunSpecification
+from gns_controller.core.statistics import c4, corrected_for_few_groups, few_groups_factor
 from tests.gns_controller.core.measurements import reading
 
 BEFORE: dict[str, Any] = json.loads((Path(__file__).parent / "recorded_before_intervals.json").read_text())
@@ -66,20 +66,21 @@ def test_corrected_noise_is_the_same_from_any_number_of_groups(num_groups: int) 
     noise = float(np.sqrt(groups.var(axis=0, ddof=1)).sum())
     one = reading(noise_scale=1.0, geometry="sign", noise=noise, num_groups=num_groups)
     # Relative sd of a root of a variance is at most 0.76 (K = 2): of the mean of 200,000, 0.17 %; of its square twice.
-    assert one.corrected_noise_sq == pytest.approx((dims * sigma) ** 2, rel=0.012)
-    assert one.noise_sq < 0.97 * one.corrected_noise_sq
+    corrected = corrected_for_few_groups(one)
+    assert corrected.noise_sq == pytest.approx((dims * sigma) ** 2, rel=0.012)
+    assert one.noise_sq < 0.97 * corrected.noise_sq
 
 
 def test_only_rank_variance_in_the_sign_geometry_is_corrected() -> None:
     for one in (reading(noise_scale=5.0), reading(noise_scale=5.0, estimator="split", geometry="sign")):
-        assert one.corrected_noise_sq == one.noise_sq
-        assert one.corrected_for_few_groups() is one
+        assert few_groups_factor(one) == 1
+        assert corrected_for_few_groups(one) is one
 
 
 def test_a_correction_for_few_groups_leaves_the_resolution_alone() -> None:
     plain = reading(noise_scale=8.0, geometry="sign", ceiling=32.0, num_groups=2)
-    corrected = plain.corrected_for_few_groups()
-    assert corrected.noise_sq == pytest.approx(plain.corrected_noise_sq)
+    corrected = corrected_for_few_groups(plain)
+    assert corrected.noise_sq == pytest.approx(plain.noise_sq / few_groups_factor(plain))
     assert corrected.noise_sq == pytest.approx(8 * math.pi / 2)
     assert corrected.ceiling == pytest.approx(32 * math.pi / 2)
     assert corrected.resolution == pytest.approx(0.25)
@@ -162,6 +163,7 @@ def test_no_number_makes_a_reading_fail_when_it_is_asked(value: float) -> None:
         split(progress_standard_error=value),
         reading(noise_scale=1.0, geometry="sign", noise=value, signal=value, ceiling=value),
     ):
-        for name in ("noise_scale", "ceiling", "resolution", "signal_sq_bracket", "unresolved", "corrected_noise_sq"):
+        for name in ("noise_scale", "ceiling", "resolution", "signal_sq_bracket", "unresolved"):
             getattr(one, name)
-        one.corrected_for_few_groups()
+        few_groups_factor(one)
+        corrected_for_few_groups(one)

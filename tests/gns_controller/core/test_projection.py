@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gns_controller.core.batch_arithmetic import BatchRules, floor_to_reachable
+from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import Override, Span
 from gns_controller.core.policies import (
     AnyPolicyConfig,
@@ -198,13 +198,12 @@ def test_the_advised_ranks_are_the_most_that_make_the_batch_of_whole_micro_batch
     for present in (1, 2, 4, 5):
         for batch in range(1, 100):
             rules = BatchRules(global_batch_size=batch, micro_batch_size=micro, micro_batch_granularity=granularity)
-            cut = {"micro_batch_size": micro, "micro_batch_granularity": granularity}
-            if floor_to_reachable(batch, data_parallel_size=present, **cut) != batch:
+            if rules.grid(data_parallel_size=present).floor(batch) != batch:
                 continue
             fitting = [
                 ranks
                 for ranks in range(1, batch + 1)
-                if ranks * micro <= batch and floor_to_reachable(batch, data_parallel_size=ranks, **cut) == batch
+                if ranks * micro <= batch and rules.grid(data_parallel_size=ranks).floor(batch) == batch
             ]
             state = initial_state(rules, data_parallel_size=present)
             last = measurement(1, batch=batch, ranks=present)

@@ -18,8 +18,8 @@ from gns_controller.core.policies import (
     decide,
     initial_state,
 )
-from gns_controller.core.replay import Controlled, Event, ReplayReport, Resumed, compare, replay
-from gns_controller.core.runs import RunSpecification
+from gns_controller.core.replay import Event, ReplayReport, Resumed, compare, replay
+from gns_controller.core.runs import Control, RunSpecification
 from tests.gns_controller.core.measurements import measurement, reading, specification
 
 
@@ -137,7 +137,8 @@ def test_a_measured_step_that_goes_back_does_not_take_steps_back() -> None:
 def test_the_report_names_the_policy_that_was_in_force_last() -> None:
     run = specification(HoldPolicyConfig())
     later: AnyPolicyConfig = NoiseScalePolicyConfig.published()
-    events: list[Event] = [measurement(10, reading(noise_scale=9.0)), Controlled(later, 1, None), measurement(20)]
+    changed = Control(policy=later, policy_revision=1, override=None)
+    events: list[Event] = [measurement(10, reading(noise_scale=9.0)), changed, measurement(20)]
     assert compare(run, events, follow_trainer=True).policy == later
     assert compare(run, events, policy=DOUBLING).policy == DOUBLING
     assert compare(run, events[:1]).policy == run.policy

@@ -16,10 +16,10 @@ from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import NoiseScaleMeasurement
 from gns_controller.core.errors import InvalidInputError, RunConflictError
 from gns_controller.core.policies import NoiseScalePolicyConfig, initial_state
-from gns_controller.core.runs import Registration, RunSpecification
+from gns_controller.core.runs import Control, Registration, RunSpecification
 from tests.gns_controller.core.measurements import measurement, reading
 from tests.gns_controller.running_service import Service
-from trainer_hooks.client import HttpController, Orders
+from trainer_hooks.client import HttpController
 
 
 class Wire(httpx.BaseTransport):
@@ -205,7 +205,8 @@ def test_a_measurement_that_the_local_policy_cannot_decide_is_reported_all_the_s
     client = client_for(Wire(service.transport), tmp_path)
     client.wait_registered(deadline_seconds=10)
     # theta^2 is 0 in float64: an operator's word that this process has learnt and the controller has taken back since
-    client._local.orders = Orders(NoiseScalePolicyConfig.published().model_copy(update={"noise_tolerance": 1e-200}), 1)
+    extreme = NoiseScalePolicyConfig.published().model_copy(update={"noise_tolerance": 1e-200})
+    client._local.control = Control(policy=extreme, policy_revision=1, override=None)
     client.report(measurement(100, reading(noise_scale=8.0)))
     client.close(deadline_seconds=10)
     assert steps_stored(service) == [(0, 100)]

@@ -19,9 +19,9 @@ from gns_controller.core.errors import (
     TooFewGroupsError,
 )
 from gns_controller.core.policies import HoldPolicyConfig, NoiseScalePolicyConfig, Stage, StagesPolicyConfig
+from gns_controller.core.runs import Control
 from tests.attaching import attach_arguments
 from trainer_hooks import AdaptiveBatch, warmup_cosine
-from trainer_hooks.client import Orders
 from trainer_hooks.optim import Muon, Signum
 
 
@@ -129,7 +129,8 @@ def test_shadow_mode_leaves_the_rate_of_a_shorter_last_step_alone() -> None:
 def test_a_batch_pinned_above_what_is_left_ends_with_the_rate_of_what_is_left() -> None:
     session = attach(network(), policy=HoldPolicyConfig(), learning_rate_schedule=None, budget_samples=130)
     trail = train(session, until=4)
-    session._client.orders = Orders(HoldPolicyConfig(), 1, Override(kind="pin", global_batch_size=320))
+    pin = Override(kind="pin", global_batch_size=320)
+    session._client.control = Control(policy=HoldPolicyConfig(), policy_revision=1, override=pin)
     trail += train(session)
     assert session.plan.global_batch_size == 320
     left = 130 - trail[-1][0]

@@ -20,9 +20,9 @@ from gns_controller.core.policies import (
     Stage,
     StagesPolicyConfig,
 )
+from gns_controller.core.runs import Control
 from tests.attaching import attach_arguments
 from trainer_hooks import AdaptiveBatch, warmup_cosine
-from trainer_hooks.client import Orders
 from trainer_hooks.distributed.collectives import plan_checksum
 from trainer_hooks.optim import Muon
 from trainer_hooks.session.optimizer_coupling import CoupledOptimizers, averages_of, for_fewer_samples
@@ -358,9 +358,10 @@ def test_a_checkpoint_keeps_what_operators_wanted() -> None:
     optimizers = muon_and_adamw(model)
     seen: list[Decision] = []
     first = attach(optimizers, model)
-    pinned = Orders(HoldPolicyConfig(), 3, Override(kind="pin", global_batch_size=16))
+    pin = Override(kind="pin", global_batch_size=16)
+    pinned = Control(policy=HoldPolicyConfig(), policy_revision=3, override=pin)
     assert first._client is not None
-    first._client.orders = pinned  # type: ignore[misc]  # what an answer of a controller does
+    first._client.control = pinned  # type: ignore[misc]  # what an answer of a controller does
     saved = first.state_dict()
     second = attach(optimizers, model, state=saved, on_decision=lambda decision, source: seen.append(decision))
     assert train(second)[-2][0] == 16

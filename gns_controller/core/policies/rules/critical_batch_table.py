@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,7 @@ class CriticalBatch(Start):
 class CriticalBatchTablePolicyConfig(PolicyConfig):
     """Grow by `multiple` once the table allows it."""
 
+    open_loop: ClassVar[bool] = True
     policy: Literal["critical_batch_table"] = "critical_batch_table"
     table: Annotated[tuple[CriticalBatch, ...], Field(min_length=1, max_length=1000)]
     """Ascending, all from_samples or all from_tokens."""
@@ -43,20 +44,19 @@ class CriticalBatchTablePolicyConfig(PolicyConfig):
             raise ValueError("the table must ascend, all in from_samples or all in from_tokens, without repeats.")
         return self
 
-
-def propose(config: CriticalBatchTablePolicyConfig, situation: Situation) -> Proposal:
-    """The largest reachable-by-multiples batch that the table allows now."""
-    facts, seen = situation.facts, situation.measurement.samples_seen
-    points = [(point.begins_at(facts), point.critical_batch_size) for point in config.table]
-    critical = _interpolated(points, seen)
-    if critical is None:
-        return hold("hold", f"the table begins at {points[0][0]:.12g} samples, {seen} seen")
-    because = f"the table's critical batch size is {critical:.4g}"
-    # The small term takes in a power that is met exactly, which no float64 can be trusted to hit.
-    times = math.floor(math.log(critical / situation.batch_size) / math.log(config.multiple) + 1e-9)
-    if times < 1:
-        return hold("hold_below_deadband", f"{because}, less than {config.multiple:g} times the batch", critical)
-    return Proposal(situation.batch_size * config.multiple**times, "grow", because, critical)
+    def propose(self, situation: Situation) -> Proposal:
+        """Return the largest batch, in powers of `multiple`, that the table allows now."""
+        facts, seen = situation.facts, situation.measurement.samples_seen
+        points = [(point.begins_at(facts), point.critical_batch_size) for point in self.table]
+        critical = _interpolated(points, seen)
+        if critical is None:
+            return hold("hold", f"the table begins at {points[0][0]:.12g} samples, {seen} seen")
+        because = f"the table's critical batch size is {critical:.4g}"
+        # The small term takes in a power that is met exactly, which no float64 can be trusted to hit.
+        times = math.floor(math.log(critical / situation.batch_size) / math.log(self.multiple) + 1e-9)
+        if times < 1:
+            return hold("hold_below_deadband", f"{because}, less than {self.multiple:g} times the batch", critical)
+        return Proposal(situation.batch_size * self.multiple**times, "grow", because, critical)
 
 
 def _interpolated(points: list[tuple[float, int]], seen: int) -> float | None:

@@ -19,7 +19,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from gns_controller.core.policies.base import PolicyConfig, Proposal, Situation, StepTiming, hold
+from gns_controller.core.policies.base import IntervalUse, PolicyConfig, Proposal, Situation, StepTiming, hold
 from gns_controller.core.policies.guards import LARGEST_BATCH_SIZE, reachable
 from gns_controller.core.policies.rules.noise_scale import KAPPA, unresolved_clause
 
@@ -39,6 +39,53 @@ class GoodputPolicyConfig(PolicyConfig):
     """Least predicted saving of price that is worth a change."""
     monotone: bool = True
     growth_cap: Annotated[float, Field(gt=1)] | None = 4.0
+
+    @property
+    def interval_use(self) -> IntervalUse:
+        """Split readings are resolved by the interval, rank_variance readings by their ceiling."""
+        return "resolution" if self.estimator == "split" else "nothing"
+
+    def propose(self, situation: Situation) -> Proposal:
+        """Return the cheapest reachable batch, or one exploring growth."""
+        # Noise scale in the optimizer's norm.
+        state, judged, current = situation.state, situation.judged, situation.batch_size
+        if state.smoothed is None:
+            return hold("hold_no_reading", f"no {self.estimator} reading yet")
+        if judged.unresolved or judged.noise_scale is None:
+            return hold("hold_unresolved", unresolved_clause(state))
+        kappa = 1.0 if state.smoothed.geometry == "euclidean" else KAPPA[self.estimator]
+        phi = min(kappa * judged.noise_scale, float(LARGEST_BATCH_SIZE))
+        # Fixed part of a step: stated, or fitted to the step times so far, or explored once.
+        overhead = self.step_overhead_samples
+        if overhead is None:
+            cost = fitted_cost(state.timings)
+            if cost is None:
+                # Once: after an exploring growth nothing happens until steps are timed there.
+                is_timed = any(timing.global_batch_size == current for timing in state.timings)
+                if self.explore_factor is None or not is_timed or phi <= current:
+                    return hold("hold", "steps were not timed at two batches yet, their fixed part is not known")
+                wanted = self.explore_factor * current
+                return Proposal(wanted, "grow", f"one growth by {self.explore_factor:g} to time steps there", wanted)
+            per_sample = cost.per_sample_seconds + self.sample_price_seconds
+            overhead = cost.fixed_seconds / per_sample if per_sample > 0 else math.inf
+        if overhead == math.inf:
+            return hold(
+                "hold", "steps take the same time at every batch, and samples cost nothing: there is no optimum"
+            )
+        # The cheapest of the reachable batches beside the optimum, where it is worth a change.
+        overhead = min(overhead, float(LARGEST_BATCH_SIZE))
+        optimum = math.sqrt(phi * overhead)
+        candidates = {reachable(optimum, situation.grid, up=up) for up in (False, True)}
+        best = min(candidates, key=lambda batch: price(batch, noise_scale=phi, overhead_samples=overhead))
+        saving = 1 - price(best, noise_scale=phi, overhead_samples=overhead) / price(
+            current, noise_scale=phi, overhead_samples=overhead
+        )
+        because = (
+            f"sqrt(noise scale {phi:.4g} * step overhead {overhead:.4g} samples) = {optimum:.4g}, {saving:.1%} cheaper"
+        )
+        if best != current and saving < self.min_improvement:
+            return hold("hold_below_deadband", f"{because}, less than {self.min_improvement:.0%}", optimum)
+        return Proposal(float(best), "grow" if best >= current else "shrink", because, optimum)
 
 
 class StepCost(NamedTuple):
@@ -67,50 +114,12 @@ def fitted_cost(timings: tuple[StepTiming, ...]) -> StepCost | None:
     fixed = (sum_a * bb - sum_b * ab) / determinant
     per_sample = (sum_b * aa - sum_a * ab) / determinant
     if fixed < 0:
-        return StepCost(0.0, sum_b / bb)
+        return StepCost(fixed_seconds=0.0, per_sample_seconds=sum_b / bb)
     if per_sample < 0:
-        return StepCost(sum_a / aa, 0.0)
-    return StepCost(fixed, per_sample)
+        return StepCost(fixed_seconds=sum_a / aa, per_sample_seconds=0.0)
+    return StepCost(fixed_seconds=fixed, per_sample_seconds=per_sample)
 
 
 def price(batch_size: float, *, noise_scale: float, overhead_samples: float) -> float:
     """(1 + phi / B) (overhead + B): of the whole run, up to a constant factor. Samples."""
     return (1 + noise_scale / batch_size) * (overhead_samples + batch_size)
-
-
-def propose(config: GoodputPolicyConfig, situation: Situation) -> Proposal:
-    """The cheapest reachable batch, or one exploring growth."""
-    state, measurement, judged, facts = situation
-    current = situation.batch_size
-    if state.smoothed is None:
-        return hold("hold_no_reading", f"no {config.estimator} reading yet")
-    if judged.unresolved or judged.noise_scale is None:
-        return hold("hold_unresolved", unresolved_clause(state))
-    kappa = 1.0 if state.smoothed.geometry == "euclidean" else KAPPA[config.estimator]
-    phi = min(kappa * judged.noise_scale, float(LARGEST_BATCH_SIZE))
-    overhead = config.step_overhead_samples
-    if overhead is None:
-        cost = fitted_cost(state.timings)
-        if cost is None:
-            # Once: after an exploring growth nothing happens until steps are timed there.
-            is_timed = any(timing.global_batch_size == current for timing in state.timings)
-            if config.explore_factor is None or not is_timed or phi <= current:
-                return hold("hold", "steps were not timed at two batches yet, their fixed part is not known")
-            wanted = config.explore_factor * current
-            return Proposal(wanted, "grow", f"one growth by {config.explore_factor:g} to time steps there", wanted)
-        per_sample = cost.per_sample_seconds + config.sample_price_seconds
-        overhead = cost.fixed_seconds / per_sample if per_sample > 0 else math.inf
-    if overhead == math.inf:
-        return hold("hold", "steps take the same time at every batch, and samples cost nothing: there is no optimum")
-    overhead = min(overhead, float(LARGEST_BATCH_SIZE))
-    optimum = math.sqrt(phi * overhead)
-    rules, ranks = facts.rules, measurement.data_parallel_size
-    candidates = {reachable(optimum, rules, ranks, up=up) for up in (False, True)}
-    best = min(candidates, key=lambda batch: price(batch, noise_scale=phi, overhead_samples=overhead))
-    saving = 1 - price(best, noise_scale=phi, overhead_samples=overhead) / price(
-        current, noise_scale=phi, overhead_samples=overhead
-    )
-    found = f"sqrt(noise scale {phi:.4g} * step overhead {overhead:.4g} samples) = {optimum:.4g}, {saving:.1%} cheaper"
-    if best != current and saving < config.min_improvement:
-        return hold("hold_below_deadband", f"{found}, less than {config.min_improvement:.0%}", optimum)
-    return Proposal(float(best), "grow" if best >= current else "shrink", found, optimum)

@@ -6,7 +6,7 @@ In branched tests on small runs the price of a saved step was lowest when growth
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,20 +16,20 @@ from gns_controller.core.policies.base import PolicyConfig, Proposal, Situation,
 class GrowOncePolicyConfig(PolicyConfig):
     """One growth by a stated factor."""
 
+    open_loop: ClassVar[bool] = True
     policy: Literal["grow_once"] = "grow_once"
     at_share: Annotated[float, Field(ge=0, lt=1)] = 0.4
     """Share of the budget in samples after which the batch grows."""
     factor: Annotated[float, Field(gt=1, le=1e6)] = 2.0
     """Of the batch of the start."""
 
-
-def propose(config: GrowOncePolicyConfig, situation: Situation) -> Proposal:
-    """The batch of the start, later `factor` times that."""
-    budget = situation.facts.budget_samples
-    if budget is None:
-        return hold("hold", "the budget of this run is not known")
-    seen, first = situation.measurement.samples_seen, situation.facts.rules.global_batch_size
-    if seen < config.at_share * budget:
-        return hold("hold", f"grows at {config.at_share:.0%} of the samples, {seen / budget:.1%} seen")
-    because = f"{config.at_share:.0%} of the samples are seen, and this run grows once by {config.factor:g}"
-    return Proposal(config.factor * first, "stage", because, config.factor * first)
+    def propose(self, situation: Situation) -> Proposal:
+        """Return the batch of the start, later `factor` times that."""
+        budget = situation.facts.budget_samples
+        if budget is None:
+            return hold("hold", "the budget of this run is not known")
+        seen, first = situation.measurement.samples_seen, situation.facts.rules.global_batch_size
+        if seen < self.at_share * budget:
+            return hold("hold", f"grows at {self.at_share:.0%} of the samples, {seen / budget:.1%} seen")
+        because = f"{self.at_share:.0%} of the samples are seen, and this run grows once by {self.factor:g}"
+        return Proposal(self.factor * first, "stage", because, self.factor * first)

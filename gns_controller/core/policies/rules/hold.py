@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gns_controller.core.policies.base import PolicyConfig, Proposal, Situation, hold
 
@@ -10,9 +10,9 @@ from gns_controller.core.policies.base import PolicyConfig, Proposal, Situation,
 class HoldPolicyConfig(PolicyConfig):
     """Keep the batch of the specification all run long."""
 
+    open_loop: ClassVar[bool] = True
     policy: Literal["hold"] = "hold"
 
-
-def propose(config: HoldPolicyConfig, situation: Situation) -> Proposal:
-    """Always the present batch."""
-    return hold("hold", "this run holds its batch")
+    def propose(self, situation: Situation) -> Proposal:
+        """Keep the present batch."""
+        return hold("hold", "this run holds its batch")

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field
 
 from gns_controller.core.contract import Span
-from gns_controller.core.policies.base import PolicyConfig, PolicyState, Proposal, Situation, hold
+from gns_controller.core.policies.base import IntervalUse, PolicyConfig, PolicyState, Proposal, Situation, hold
 from gns_controller.core.statistics import MIN_SPREAD_MEASUREMENTS
 
 KAPPA = {"rank_variance": 1.0, "split": math.pi / 2}
@@ -37,7 +37,7 @@ class NoiseScalePolicyConfig(PolicyConfig):
 
     @classmethod
     def recommended(cls, *, budget_samples: int, **changes: Any) -> Self:
-        """What `attach` does unless told otherwise; chosen and measured in docs/evidence/policies.md.
+        """Return the default policy of `attach`, chosen and measured in docs/evidence/policies.md.
 
         The split estimator's growing averages, acted on at the lower end of their interval: theta 1.6, at most
         doubling, a warmup of 5 % of the samples, 2 % between two changes, nothing in the decay of the learning rate.
@@ -57,31 +57,37 @@ class NoiseScalePolicyConfig(PolicyConfig):
 
     @classmethod
     def published(cls, **changes: Any) -> Self:
-        """Algorithm 1 as printed: rank_variance, theta 0.6, no caps, acting on saturated readings too."""
+        """Return algorithm 1 as printed: rank_variance, theta 0.6, no caps, acting on saturated readings too."""
         return cls(**{"estimator": "rank_variance", "growth_cap": None, "act_on_unresolved": True, **changes})
 
+    @property
+    def interval_use(self) -> IntervalUse:
+        """Acts on the lower end of the interval, or resolves split readings by it, or does without."""
+        if self.bound == "low":
+            return "decision"
+        return "resolution" if self.estimator == "split" and not self.act_on_unresolved else "nothing"
 
-def propose(config: NoiseScalePolicyConfig, situation: Situation) -> Proposal:
-    """What the rule asks for at this measurement."""
-    smoothed, judged = situation.state.smoothed, situation.judged
-    if smoothed is None:
-        return hold("hold_no_reading", f"no {config.estimator} reading yet")
-    noise_scale = judged.noise_scale if config.bound == "estimate" else judged.low
-    kappa = KAPPA[config.estimator]
-    requested = None if noise_scale is None else kappa * noise_scale / config.noise_tolerance**2
-    if requested is None or noise_scale is None or (judged.unresolved and not config.act_on_unresolved):
-        because = unresolved_clause(situation.state)
-        if judged.noise_scale is not None and not judged.unresolved:
-            because = f"the noise scale has no lower end before {MIN_SPREAD_MEASUREMENTS} measurements"
-        return hold("hold_unresolved", because, requested)
-    whose = f" of {smoothed.group}" if config.aggregation == "max" else ""
-    which = "noise scale" if config.bound == "estimate" else "lower bound of the noise scale"
-    rule = f"{which} {noise_scale:.4g}{whose} * {kappa:.4g} / {config.noise_tolerance:g}^2 asks for {requested:.4g}"
-    return Proposal(requested, "grow" if requested >= situation.batch_size else "shrink", rule, requested)
+    def propose(self, situation: Situation) -> Proposal:
+        """Return the batch that the rule asks for at this measurement."""
+        smoothed, judged = situation.state.smoothed, situation.judged
+        if smoothed is None:
+            return hold("hold_no_reading", f"no {self.estimator} reading yet")
+        noise_scale = judged.noise_scale if self.bound == "estimate" else judged.low
+        kappa = KAPPA[self.estimator]
+        requested = None if noise_scale is None else kappa * noise_scale / self.noise_tolerance**2
+        if requested is None or noise_scale is None or (judged.unresolved and not self.act_on_unresolved):
+            because = unresolved_clause(situation.state)
+            if judged.noise_scale is not None and not judged.unresolved:
+                because = f"the noise scale has no lower end before {MIN_SPREAD_MEASUREMENTS} measurements"
+            return hold("hold_unresolved", because, requested)
+        whose = f" of {smoothed.group}" if self.aggregation == "max" else ""
+        which = "noise scale" if self.bound == "estimate" else "lower bound of the noise scale"
+        rule = f"{which} {noise_scale:.4g}{whose} * {kappa:.4g} / {self.noise_tolerance:g}^2 asks for {requested:.4g}"
+        return Proposal(requested, "grow" if requested >= situation.batch_size else "shrink", rule, requested)
 
 
 def unresolved_clause(state: PolicyState) -> str:
-    """Why the averages say nothing yet."""
+    """Return the reason why the averages resolve nothing yet, as a clause."""
     smoothed = state.smoothed
     if smoothed is not None and not smoothed.signal_sq.mean > 0:
         return f"signal {smoothed.signal_sq.mean:.3g} after {smoothed.signal_sq.count} measurements is not positive"

@@ -30,21 +30,20 @@ class NormTestPolicyConfig(PolicyConfig):
     monotone: bool = True
     growth_cap: Annotated[float, Field(gt=1)] | None = 4.0
 
-
-def propose(config: NormTestPolicyConfig, situation: Situation) -> Proposal:
-    """The batch at which the test would just pass."""
-    smoothed = situation.state.smoothed
-    if smoothed is None:
-        return hold("hold_no_reading", f"no {config.estimator} reading yet")
-    noise_scale = situation.judged.noise_scale
-    if noise_scale is None:
-        return hold("hold_unresolved", "the gradient's norm cannot be told from zero")
-    needed = noise_scale / config.theta**2
-    ratio = noise_scale / situation.batch_size
-    if needed <= situation.batch_size:
-        because = f"the test passes, variance / |g|^2 = {ratio:.4g} <= {config.theta:g}^2"
-        if config.monotone:
-            return hold("hold_below_deadband", because, needed)
-        return Proposal(needed, "shrink", because, needed, round_up=True)
-    because = f"the test fails, variance / |g|^2 = {ratio:.4g} > {config.theta:g}^2, and needs {needed:.4g}"
-    return Proposal(needed, "grow", because, needed, round_up=True)
+    def propose(self, situation: Situation) -> Proposal:
+        """Return the batch at which the test would just pass."""
+        smoothed = situation.state.smoothed
+        if smoothed is None:
+            return hold("hold_no_reading", f"no {self.estimator} reading yet")
+        noise_scale = situation.judged.noise_scale
+        if noise_scale is None:
+            return hold("hold_unresolved", "the gradient's norm cannot be told from zero")
+        needed = noise_scale / self.theta**2
+        ratio = noise_scale / situation.batch_size
+        if needed <= situation.batch_size:
+            because = f"the test passes, variance / |g|^2 = {ratio:.4g} <= {self.theta:g}^2"
+            if self.monotone:
+                return hold("hold_below_deadband", because, needed)
+            return Proposal(needed, "shrink", because, needed, round_up=True)
+        because = f"the test fails, variance / |g|^2 = {ratio:.4g} > {self.theta:g}^2, and needs {needed:.4g}"
+        return Proposal(needed, "grow", because, needed, round_up=True)

@@ -12,18 +12,19 @@ docs/evidence/policies.md tells what that costs.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from gns_controller.core.contract import RESOLVED_STANDARD_ERRORS
-from gns_controller.core.policies.base import PolicyConfig, ProgressAverage, Proposal, Situation, hold
+from gns_controller.core.policies.base import PolicyConfig, PolicyNeeds, ProgressAverage, Proposal, Situation, hold
 from gns_controller.core.statistics import MIN_SPREAD_MEASUREMENTS
 
 
 class ProgressPolicyConfig(PolicyConfig):
     """Grow by a factor while the elasticity of progress is above a price."""
 
+    needs: ClassVar[PolicyNeeds] = PolicyNeeds(progress_curve=True)
     policy: Literal["progress"] = "progress"
     least_elasticity: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Grow above it. In the euclidean norm 1/4 is the elasticity where the sub-batches enclose the noise scale."""
@@ -33,6 +34,24 @@ class ProgressPolicyConfig(PolicyConfig):
     """Of one growth."""
     estimator: Literal["split"] = "split"
     monotone: bool = True
+
+    def propose(self, situation: Situation) -> Proposal:
+        """Return one growth, or none."""
+        curve = situation.state.curve
+        if len(curve) < 2:
+            return hold(
+                "hold_no_reading", "no progress at two sub-batches: measure with progress_curve and four groups"
+            )
+        measured_elasticity = elasticity(curve[-2], curve[-1])
+        if measured_elasticity is None:
+            return hold("hold_unresolved", f"progress cannot be told from zero at {curve[-2].samples:g} samples")
+        value, error = measured_elasticity
+        bar = self.least_elasticity + self.standard_errors * error
+        measured = f"elasticity of progress {value:.2f} +- {error:.2f} at {curve[-1].samples:g} samples"
+        if value <= bar:
+            return hold("hold_below_deadband", f"{measured}, not above {self.least_elasticity:g} by enough")
+        wanted = self.factor * situation.batch_size
+        return Proposal(wanted, "grow", f"{measured}, above {self.least_elasticity:g}", wanted)
 
 
 def elasticity(smaller: ProgressAverage, larger: ProgressAverage) -> tuple[float, float] | None:
@@ -49,20 +68,3 @@ def elasticity(smaller: ProgressAverage, larger: ProgressAverage) -> tuple[float
     span = math.log(larger.samples / smaller.samples)
     error = math.hypot(low.standard_error / low.mean, high.standard_error / high.mean) / span
     return math.log(high.mean / low.mean) / span, error
-
-
-def propose(config: ProgressPolicyConfig, situation: Situation) -> Proposal:
-    """One growth, or none."""
-    curve = situation.state.curve
-    if len(curve) < 2:
-        return hold("hold_no_reading", "no progress at two sub-batches: measure with progress_curve and four groups")
-    found = elasticity(curve[-2], curve[-1])
-    if found is None:
-        return hold("hold_unresolved", f"progress cannot be told from zero at {curve[-2].samples:g} samples")
-    value, error = found
-    bar = config.least_elasticity + config.standard_errors * error
-    measured = f"elasticity of progress {value:.2f} +- {error:.2f} at {curve[-1].samples:g} samples"
-    if value <= bar:
-        return hold("hold_below_deadband", f"{measured}, not above {config.least_elasticity:g} by enough")
-    wanted = config.factor * situation.batch_size
-    return Proposal(wanted, "grow", f"{measured}, above {config.least_elasticity:g}", wanted)

@@ -7,7 +7,7 @@ The ramp of most published large runs, and the control that an adaptive policy h
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,7 @@ class Stage(Start, BatchAim):
 class StagesPolicyConfig(PolicyConfig):
     """Batches at stated counts; before the first stage the batch of the specification."""
 
+    open_loop: ClassVar[bool] = True
     policy: Literal["stages"] = "stages"
     stages: Annotated[tuple[Stage, ...], Field(min_length=1, max_length=1000)]
     """Ascending, all from_samples or all from_tokens."""
@@ -35,14 +36,13 @@ class StagesPolicyConfig(PolicyConfig):
             raise ValueError("stages must ascend in from_samples or from_tokens, without repeats.")
         return self
 
-
-def propose(config: StagesPolicyConfig, situation: Situation) -> Proposal:
-    """The batch of the last stage that has begun."""
-    seen, facts = situation.measurement.samples_seen, situation.facts
-    begun = [stage for stage in config.stages if stage.begins_at(facts) <= seen]
-    if not begun:
-        first = config.stages[0].begins_at(facts)
-        return hold("hold", f"the first stage begins at {first:.12g} samples, {seen} seen")
-    batch_size = begun[-1].batch_size(facts)
-    because = f"stage {len(begun)} of {len(config.stages)} began at {begun[-1].begins_at(facts):.12g} samples"
-    return Proposal(batch_size, "stage", because, batch_size)
+    def propose(self, situation: Situation) -> Proposal:
+        """Return the batch of the last stage that has begun."""
+        seen, facts = situation.measurement.samples_seen, situation.facts
+        begun = [stage for stage in self.stages if stage.begins_at(facts) <= seen]
+        if not begun:
+            first = self.stages[0].begins_at(facts)
+            return hold("hold", f"the first stage begins at {first:.12g} samples, {seen} seen")
+        batch_size = begun[-1].batch_size(facts)
+        because = f"stage {len(begun)} of {len(self.stages)} began at {begun[-1].begins_at(facts):.12g} samples"
+        return Proposal(batch_size, "stage", because, batch_size)

@@ -16,10 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from gns_controller.core.batch_arithmetic import factor_batch, floor_to_reachable
 from gns_controller.core.contract import Decision, NoiseScaleMeasurement, Reason
 from gns_controller.core.errors import InvalidInputError
-from gns_controller.core.policies import AnyPolicyConfig, PolicyState, decide, initial_state
+from gns_controller.core.policies import POLICIES, AnyPolicyConfig, PolicyState, decide, initial_state
 from gns_controller.core.replay import replay
 from gns_controller.core.runs import Registration, RunSpecification
 from gns_controller.store import MeasurementBody
@@ -49,12 +48,7 @@ def folded(run: RunSpecification, sequence: list[Report], *, follow_trainer: boo
 def check_change(run: RunSpecification, before: PolicyState, found: NoiseScaleMeasurement, decision: Decision) -> None:
     policy, rules = run.policy, run.batch
     old, new = decision.previous_batch_size, decision.plan.global_batch_size
-    shape = factor_batch(
-        new,
-        micro_batch_size=rules.micro_batch_size,
-        data_parallel_size=found.data_parallel_size,
-        micro_batch_granularity=rules.micro_batch_granularity,
-    )
+    shape = rules.grid(data_parallel_size=found.data_parallel_size).factor(new)
     assert shape.micro_batch_size == decision.plan.micro_batch_size
     assert shape.gradient_accumulation_steps == decision.plan.gradient_accumulation_steps
     assert decision.reason not in KEEPS
@@ -96,12 +90,7 @@ def check_maximum(run: RunSpecification, found: NoiseScaleMeasurement, decision:
     waits = policy.monotone or policy.warmup or policy.dwell or policy.deadband or policy.integer_factors
     if most is None or waits or policy.minimum_batch_size is not None:
         return
-    below = floor_to_reachable(
-        most,
-        micro_batch_size=rules.micro_batch_size,
-        data_parallel_size=found.data_parallel_size,
-        micro_batch_granularity=rules.micro_batch_granularity,
-    )
+    below = rules.grid(data_parallel_size=found.data_parallel_size).floor(most)
     assert decision.plan.global_batch_size <= most or below > most
 
 
@@ -183,8 +172,7 @@ def test_policies_that_measure_nothing_do_not_care_what_is_measured(
 
 
 def test_every_policy_takes_part() -> None:
-    union = get_args(get_args(AnyPolicyConfig)[0])
-    assert set(ROOMS) == set(union)
+    assert set(ROOMS) == set(POLICIES)
 
 
 @pytest.fixture(scope="module")

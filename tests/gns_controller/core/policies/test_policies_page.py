@@ -14,7 +14,7 @@ import pytest
 from gns_controller.core.batch_arithmetic import LearningRateCoupling
 from gns_controller.core.contract import Reason
 from gns_controller.core.coupling import DEFAULT_COUPLINGS
-from gns_controller.core.policies import AnyPolicyConfig, NoiseScalePolicyConfig
+from gns_controller.core.policies import POLICIES, NoiseScalePolicyConfig
 from gns_controller.core.policies.base import Guards, PolicyConfig
 from gns_controller.core.policies.parsing import read_policy
 
@@ -25,7 +25,6 @@ PAGES = (
     "reference/projection-and-replay.md",
 )
 TEXT = "\n".join((DOCS / page).read_text() for page in PAGES)
-POLICIES: tuple[type[PolicyConfig], ...] = get_args(get_args(AnyPolicyConfig)[0])
 
 
 def section(title: str) -> str:
@@ -74,6 +73,13 @@ def test_every_shared_field_is_there_with_its_default() -> None:
         assert (guards | shared)[field] in shown(info.default), field
     [example] = re.findall(r"```json\n(.*?)```", section("Guards"), re.DOTALL)
     read_policy(example)
+
+
+def test_the_page_for_plug_ins_names_everything_that_a_policy_declares() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "guide" / "policy-plug-in.md").read_text()
+    [table] = re.findall(r"^## What a policy may do\n(.*?)^## ", page, re.MULTILINE | re.DOTALL)
+    declared = {name for name in vars(PolicyConfig) if not name.startswith("_")} - {"model_config"}
+    assert set(re.findall(r"^\| `([a-z_]+)", table, re.MULTILINE)) == {"policy", *declared}
 
 
 def test_every_reason_and_every_coupling_is_there_and_no_other() -> None:

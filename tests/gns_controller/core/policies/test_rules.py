@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gns_controller.core.aggregation import Aggregation
-from gns_controller.core.batch_arithmetic import factor_batch
+from gns_controller.core.batch_arithmetic import BatchGrid
 from gns_controller.core.contract import Decision, ParameterGroup, Span
 from gns_controller.core.policies import (
     AnyPolicyConfig,
@@ -202,7 +202,7 @@ def test_whatever_is_measured_decisions_stay_reachable_bounded_and_repeatable(
     assert replay(asked, run[:cut]) == result[:cut]
     batches = [16, *(decision.plan.global_batch_size for decision in result)]
     for before, after in pairwise(batches):
-        factor_batch(after, micro_batch_size=32, data_parallel_size=2)
+        BatchGrid(micro_batch_size=32, data_parallel_size=2).factor(after)
         assert not policy.monotone or after >= before
         assert policy.maximum_batch_size is None or after <= max(before, policy.maximum_batch_size)
         assert policy.growth_cap is None or after <= before * policy.growth_cap
