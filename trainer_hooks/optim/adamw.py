@@ -13,6 +13,7 @@ from trainer_hooks.optim.engine.chunks import chunks_of
 from trainer_hooks.optim.engine.optimizer import Stepping
 from trainer_hooks.optim.engine.split_halves import TakesHalves
 from trainer_hooks.optim.engine.update import Decay, blocks_of, check_settings, descend, gradient_of, state_block
+from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
 
 
 class AdamW(TakesHalves, Stepping):
@@ -55,7 +56,14 @@ class AdamW(TakesHalves, Stepping):
     Source: arXiv:1711.05101; correction: arXiv:2605.20756, with two folds in place of m.
     """
 
-    averages: ClassVar[tuple[str, ...]] = ("betas",)
+    facts: ClassVar[OptimizerFacts] = OptimizerFacts(
+        geometry="sign",
+        learning_rate_coupling="sqrt",
+        averaged_settings=("betas",),
+        momentum="average",
+        momentum_key="exp_avg",
+        transfer_rule=TransferRule("adam"),
+    )
     _not_copied: ClassVar[tuple[str, ...]] = ("_halves",)
     _torch_settings: ClassVar[frozenset[str]] = frozenset(
         ("amsgrad", "foreach", "capturable", "fused", "decoupled_weight_decay")

@@ -27,6 +27,7 @@ from trainer_hooks.optim.engine.kronecker_factors import (
 from trainer_hooks.optim.engine.matrices import MatrixState
 from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
 from trainer_hooks.optim.engine.update import Decay, check_settings
+from trainer_hooks.optim.known_optimizers import OptimizerFacts
 
 
 class ASGO(MatrixOptimizer):
@@ -62,7 +63,9 @@ class ASGO(MatrixOptimizer):
     Source: arXiv:2503.20762 and its code, whose epsilon of 1e-10 is absolute.
     """
 
-    averages: ClassVar[tuple[str, ...]] = ("betas",)
+    facts: ClassVar[OptimizerFacts] = OptimizerFacts(
+        geometry="spectral", learning_rate_coupling="sqrt", averaged_settings=("betas",)
+    )
     owns_state: ClassVar[bool] = True
 
     def __init__(

@@ -5,7 +5,7 @@ M = rows, N = columns, S = side of a factor, B = matrices of one shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,8 +29,14 @@ from trainer_hooks.optim.engine.kronecker_factors import (
 )
 from trainer_hooks.optim.engine.matrices import MatrixState
 from trainer_hooks.optim.engine.update import Decay, check_settings
+from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
 
 _SIDES = ("left", "right")
+
+
+def _facts_by_block(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The transfer rule counts the blocks of a matrix."""
+    return {"transfer_rule": TransferRule("soap", block_size=settings["max_preconditioner_dim"])}
 
 
 class EShampoo(FactoredOptimizer):
@@ -81,7 +87,12 @@ class EShampoo(FactoredOptimizer):
     Source: arXiv:2506.03595; m and D carried over are ours: the source keeps D of the old basis as it is.
     """
 
-    averages: ClassVar[tuple[str, ...]] = ("betas",)
+    facts: ClassVar[OptimizerFacts] = OptimizerFacts(
+        geometry="spectral",
+        learning_rate_coupling="sqrt",
+        averaged_settings=("betas",),
+        by_settings=_facts_by_block,
+    )
 
     def __init__(
         self,

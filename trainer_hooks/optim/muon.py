@@ -5,7 +5,7 @@ M = rows, N = columns, B = matrices of one shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,12 @@ from trainer_hooks.optim.engine.matrices import MatrixState
 from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
 from trainer_hooks.optim.engine.update import Decay, check_settings, gradient_of, state_block
 from trainer_hooks.optim.engine.update_scale import Scale, update_scale
+from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
+
+
+def _facts_by_scale(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The scale of the updates, and a transfer rule that divides it out."""
+    return {"update_scale": settings["scale"], "transfer_rule": TransferRule("muon", scale=settings["scale"])}
 
 
 class Muon(MatrixOptimizer):
@@ -50,7 +56,14 @@ class Muon(MatrixOptimizer):
     Source: Jordan et al. 2024 (Muon), EMA form; rms_match: arXiv:2502.16982; spectral: arXiv:2409.20325.
     """
 
-    averages: ClassVar[tuple[str, ...]] = ("momentum",)
+    facts: ClassVar[OptimizerFacts] = OptimizerFacts(
+        geometry="spectral",
+        learning_rate_coupling="sqrt",
+        averaged_settings=("momentum",),
+        momentum="average",
+        momentum_key="momentum",
+        by_settings=_facts_by_scale,
+    )
 
     def __init__(
         self,

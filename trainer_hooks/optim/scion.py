@@ -5,7 +5,7 @@ M = rows, N = columns, B = matrices of one shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod, sqrt
 from typing import Any, ClassVar, Literal, get_args
 
@@ -20,6 +20,7 @@ from trainer_hooks.optim.engine.matrices import MatrixState
 from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
 from trainer_hooks.optim.engine.norms import safe_rms
 from trainer_hooks.optim.engine.update import check_settings, gradient_of, state_block
+from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
 from trainer_hooks.optim.muon import check_iteration
 
 Norm = Literal["spectral", "sign", "row", "column", "bias_rms"]
@@ -31,6 +32,16 @@ row        each row over its RMS                   embeddings, (number, width)
 column     each column over its RMS                a Linear that reads one-hot vectors
 bias_rms   g over its RMS                          biases and other vectors
 """
+
+
+def _facts_by_norm(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Only the spectral norm is spectral. "sign" is sign exactly; "row", "column" and "bias_rms" move all entries by
+    about as much, and of the geometries there are, sign is the closest.
+    """
+    norm = settings["norm"]
+    if norm == "spectral":
+        return {}
+    return {"geometry": "sign", "update_scale": "none", "normalizes_rows": norm in ("row", "column")}
 
 
 class Scion(MatrixOptimizer):
@@ -65,7 +76,17 @@ class Scion(MatrixOptimizer):
         where gradients are small, down to the least normal number of their dtype.
     """
 
-    averages: ClassVar[tuple[str, ...]] = ("momentum",)
+    facts: ClassVar[OptimizerFacts] = OptimizerFacts(
+        geometry="spectral",
+        learning_rate_coupling="sqrt",
+        averaged_settings=("momentum",),
+        momentum="average",
+        momentum_key="momentum",
+        transfer_rule=TransferRule("spectral"),
+        update_scale="spectral",
+        decay_follows_width=False,  # it holds the weights in a ball, whose norm accounts for the width
+        by_settings=_facts_by_norm,
+    )
 
     def __init__(
         self,

@@ -35,11 +35,27 @@ from trainer_hooks.optim.engine.matrices import MatrixState
 from trainer_hooks.optim.engine.norms import safe_rms
 from trainer_hooks.optim.engine.split_halves import TakesHalves
 from trainer_hooks.optim.engine.update import Decay, blocks_of, check_settings
+from trainer_hooks.optim.known_optimizers import OptimizerFacts, RuleName, TransferRule
 
 Factors = Literal["gradient", "kl"]
 """What the factors average: G G^T and G^T G, or the same with the other side whitened (KL-Shampoo)."""
 Grafting = Literal["adam", "rms_match", "none"]
 """Whose magnitude the update of a block gets: that of Adam's update, an RMS of 0.2, or its own."""
+
+
+def _facts_by_grafting(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The transfer rule is that of the magnitude which updates get; none is known for whitened factors' own."""
+    grafting = settings["grafting"]
+    if settings["factors"] == "kl" and grafting == "none":
+        return {}
+    name: RuleName = "grafted_shampoo" if grafting == "adam" else "shampoo"
+    rule = TransferRule(
+        name,
+        scale="rms_match" if grafting == "rms_match" else "none",
+        exponent=settings["exponent"],
+        block_size=settings["max_preconditioner_dim"],
+    )
+    return {"transfer_rule": rule}
 
 
 class Shampoo(TakesHalves, FactoredOptimizer):
@@ -106,7 +122,12 @@ class Shampoo(TakesHalves, FactoredOptimizer):
         halves in place of many micro-batches.
     """
 
-    averages: ClassVar[tuple[str, ...]] = ("betas", "grafting_beta2")
+    facts: ClassVar[OptimizerFacts] = OptimizerFacts(
+        geometry="spectral",
+        learning_rate_coupling="sqrt",
+        averaged_settings=("betas", "grafting_beta2"),
+        by_settings=_facts_by_grafting,
+    )
     _not_copied: ClassVar[tuple[str, ...]] = ("_halves",)
 
     def __init__(

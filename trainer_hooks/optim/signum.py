@@ -11,6 +11,7 @@ from torch import Tensor
 from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.optim.engine.optimizer import Stepping
 from trainer_hooks.optim.engine.update import Decay, blocks_of, check_settings, descend, gradient_of, state_block
+from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
 
 
 class Signum(Stepping):
@@ -34,7 +35,14 @@ class Signum(Stepping):
     Source: Bernstein et al. 2018, arXiv:1802.04434 (with decoupled decay).
     """
 
-    averages: ClassVar[tuple[str, ...]] = ("momentum",)
+    facts: ClassVar[OptimizerFacts] = OptimizerFacts(
+        geometry="sign",
+        learning_rate_coupling="sqrt",
+        averaged_settings=("momentum",),
+        momentum="average",
+        momentum_key="momentum",
+        transfer_rule=TransferRule("adam"),
+    )
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ M = rows, N = columns, B = matrices of one shape.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor
 from trainer_hooks.optim.engine.matrices import MatrixState
 from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
 from trainer_hooks.optim.engine.update import Decay, check_settings
+from trainer_hooks.optim.known_optimizers import OptimizerFacts
 
 _LEAST_NORM = 1e-8
 _LARGEST_ENTRY = 1e15
@@ -47,6 +48,11 @@ class SinkGD(MatrixOptimizer):
     Errors: columns are exact, rows as far as the rounds have converged. In float32 or better.
     Source: Scetbon et al. 2025, arXiv:2502.06742.
     """
+
+    # Rows and columns of equal size: none of the three norms is the dual of that.
+    facts: ClassVar[OptimizerFacts] = OptimizerFacts(
+        learning_rate_coupling="sqrt", averaged_settings=(), momentum="none"
+    )
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ M = rows, N = columns, S = side of a factor, B = matrices of one shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any, ClassVar
 
@@ -30,8 +30,14 @@ from trainer_hooks.optim.engine.kronecker_factors import (
 )
 from trainer_hooks.optim.engine.matrices import MatrixState
 from trainer_hooks.optim.engine.update import Decay, check_settings
+from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
 
 _SIDES = ("left", "right")
+
+
+def _facts_by_side(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The transfer rule leaves out sides that are not rotated."""
+    return {"transfer_rule": TransferRule("soap", largest_side=settings["max_preconditioner_dim"])}
 
 
 class SOAP(FactoredOptimizer):
@@ -82,7 +88,12 @@ class SOAP(FactoredOptimizer):
     Source: arXiv:2409.11321 and its code. Ours: the guard, and a refresh after a batch change.
     """
 
-    averages: ClassVar[tuple[str, ...]] = ("betas", "shampoo_beta")
+    facts: ClassVar[OptimizerFacts] = OptimizerFacts(
+        geometry="spectral",
+        learning_rate_coupling="sqrt",
+        averaged_settings=("betas", "shampoo_beta"),
+        by_settings=_facts_by_side,
+    )
 
     def __init__(
         self,

@@ -5,8 +5,8 @@ M = rows, N = columns, B = matrices of one shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,13 @@ from trainer_hooks.kernels import EXACT, orthogonalize
 from trainer_hooks.optim.engine.matrices import MatrixState
 from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
 from trainer_hooks.optim.engine.update import Decay
+from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
 from trainer_hooks.optim.muon import check_iteration
+
+
+def _facts_by_step(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """No rule is known for steps that grow with the nuclear norm."""
+    return {} if settings["scale_by_nuclear_norm"] else {"transfer_rule": TransferRule("muon")}
 
 
 class SpecSGD(MatrixOptimizer):
@@ -45,6 +51,14 @@ class SpecSGD(MatrixOptimizer):
         count as zero: their directions do not move.
     Source: Carlson et al. 2015, "Preconditioned spectral descent for deep learning".
     """
+
+    facts: ClassVar[OptimizerFacts] = OptimizerFacts(
+        geometry="spectral",
+        learning_rate_coupling="sqrt",
+        averaged_settings=(),
+        momentum="none",
+        by_settings=_facts_by_step,
+    )
 
     def __init__(
         self,

@@ -41,7 +41,13 @@ from trainer_hooks.measurement.budget import MeasurementCost
 from trainer_hooks.measurement.groups import DEFAULT_EXCLUDE, MeasuredGroup, find_groups
 from trainer_hooks.measurement.requirements import needs_of
 from trainer_hooks.measurement.scheduler import Measuring
-from trainer_hooks.optim.kinds import boundary_interval, check_boundaries, count_skipped_steps, kind_of
+from trainer_hooks.optim.protocols import (
+    boundary_interval,
+    check_boundaries,
+    class_name_of,
+    count_skipped_steps,
+    halves_user,
+)
 from trainer_hooks.session.checks import (
     STATE_VERSION,
     PolicyGiven,
@@ -303,7 +309,7 @@ class AdaptiveBatch:
             data_parallel_size=int(state["data_parallel_size"]) if state else data_parallel.size,
             budget_samples=budget_samples,
             tokens_per_sample=tokens_per_sample,
-            optimizer=" + ".join(dict.fromkeys(map(kind_of, optimizers))),
+            optimizer=" + ".join(dict.fromkeys(map(class_name_of, optimizers))),
             parameter_groups=tuple(group.description() for group in measuring.described_groups),
             measurement_interval=measurement_interval,
             measurement_budget=measurement_budget,
@@ -468,9 +474,10 @@ class AdaptiveBatch:
         """
         differences = self._measuring.differences
         for optimizer in self.optimizers:
-            if getattr(optimizer, "wants_halves", False):
+            user = halves_user(optimizer)
+            if user is not None:
                 parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-                optimizer.supply_halves(  # type: ignore[attr-defined]
+                user.supply_halves(
                     {each: differences.pop(each) * gradient_scale for each in parameters if each in differences}
                 )
         differences.clear()

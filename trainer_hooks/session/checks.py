@@ -22,7 +22,7 @@ from trainer_hooks.distributed.collectives import RankGroup
 from trainer_hooks.distributed.layout import Layout
 from trainer_hooks.estimators.spectral import SpectralNorms
 from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
-from trainer_hooks.optim.kinds import innermost, kind_of
+from trainer_hooks.optim.protocols import class_name_of, innermost
 
 MOST_SIGN_PATTERNS = 63
 
@@ -104,7 +104,7 @@ def undivided(optimizers: Sequence[torch.optim.Optimizer], layout: Layout) -> li
     if layout.name != "DDP" or layout.ranks.size == 1:
         return []
     found = [each for each in map(innermost, optimizers) if isinstance(each, MatrixOptimizer)]
-    return list(dict.fromkeys(kind_of(each) for each in found if not each.divides_work))
+    return list(dict.fromkeys(class_name_of(each) for each in found if not each.divides_work))
 
 
 def check_same_state(state: Mapping[str, Any] | None, ranks: RankGroup) -> None:

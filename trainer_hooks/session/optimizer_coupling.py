@@ -16,20 +16,16 @@ from torch import Tensor
 
 from gns_controller.core.batch_arithmetic import BatchRules, BetaCoupling, LearningRateCoupling
 from gns_controller.core.contract import BatchPlan, Geometry
-from gns_controller.core.coupling import coupled, default_couplings
+from gns_controller.core.coupling import coupled
 from gns_controller.core.errors import CouplingError, InvalidInputError
 from gns_controller.core.policies import AnyPolicyConfig, RunFacts, check_gains, check_policy
-from trainer_hooks.optim.kinds import innermost, kind_of
+from trainer_hooks.optim.known_optimizers import OptimizerFacts, facts_of
+from trainer_hooks.optim.protocols import class_name_of
 
 _LARGEST_BETA = math.nextafter(1.0, 0.0)
 
 _ALL_NOISE = 1e30
 """A noise scale, samples, at which gains are the whole powers B / B0 and (B / B0)^(1/2)."""
-
-_BETA_NAMES = ("betas", "beta1", "beta2", "beta3", "shampoo_beta")
-
-_MOMENTUM_IS_AN_AVERAGE = ("Muon",)
-"""torch's classes whose momentum is m <- beta m + (1 - beta) g."""
 
 Betas = dict[str, tuple[float, ...]]
 """Setting of a param group -> its values, one for a number."""
@@ -38,7 +34,7 @@ Betas = dict[str, tuple[float, ...]]
 def find_couplings(
     given: LearningRateCoupling | Mapping[str, LearningRateCoupling] | None, optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[LearningRateCoupling, dict[str, LearningRateCoupling]]:
-    """The rule of the first optimizer, and those of the others that differ, by class name.
+    """Return the rule of the first optimizer, and those of the others that differ, by class name.
 
     Args:
         given: one rule for all; rules by class name, the rest by default; or None: all by default.
@@ -47,21 +43,51 @@ def find_couplings(
     Raises:
         CouplingError: no rule is known to be sound for an optimizer, or there is none of that name.
     """
-    names = list(dict.fromkeys(map(kind_of, optimizers)))
+    facts = {class_name_of(optimizer): facts_of(optimizer) for optimizer in optimizers}
     if given is None:
-        return default_couplings(names)
-    chosen = dict.fromkeys(names, given) if isinstance(given, str) else dict(given)
-    strangers = sorted(set(chosen) - set(names))
-    if strangers:
-        raise CouplingError(f"learning_rate_coupling names {strangers}, and the optimizers are {', '.join(names)}.")
+        return default_couplings(facts)
+    chosen = dict.fromkeys(facts, given) if isinstance(given, str) else dict(given)
+    absent = sorted(set(chosen) - set(facts))
+    if absent:
+        raise CouplingError(f"learning_rate_coupling names {absent}, and the optimizers are {', '.join(facts)}.")
     unknown = sorted({str(rule) for rule in chosen.values()} - set(get_args(LearningRateCoupling)))
     if unknown:
         raise CouplingError(
             f"learning_rate_coupling={unknown[0]!r} does not exist; there are "
             f"{', '.join(get_args(LearningRateCoupling))}."
         )
-    rules = {name: chosen[name] if name in chosen else default_couplings([name])[0] for name in names}
-    first = rules[names[0]]
+    return _first_and_others(
+        {name: chosen[name] if name in chosen else _default_coupling(name, row) for name, row in facts.items()}
+    )
+
+
+def default_couplings(
+    facts: Mapping[str, OptimizerFacts],
+) -> tuple[LearningRateCoupling, dict[str, LearningRateCoupling]]:
+    """Return the rule of the first optimizer, and those of the others that differ, by class name.
+
+    Args:
+        facts: class name -> row of the table of known optimizers.
+
+    Raises:
+        CouplingError: no rule is known to be sound for one of them.
+    """
+    return _first_and_others({name: _default_coupling(name, row) for name, row in facts.items()})
+
+
+def _default_coupling(class_name: str, facts: OptimizerFacts) -> LearningRateCoupling:
+    if facts.learning_rate_coupling is None:
+        raise CouplingError(
+            f"no rule for the learning rate of {class_name} is known to be sound when the batch changes: "
+            f"{facts.no_coupling_because}. Set learning_rate_coupling='none' (or another rule) if you know better."
+        )
+    return facts.learning_rate_coupling
+
+
+def _first_and_others(
+    rules: Mapping[str, LearningRateCoupling],
+) -> tuple[LearningRateCoupling, dict[str, LearningRateCoupling]]:
+    first: LearningRateCoupling = next(iter(rules.values()), "none")
     return first, {name: rule for name, rule in rules.items() if rule != first}
 
 
@@ -121,7 +147,8 @@ class CoupledOptimizers:
         self.base_betas: list[list[Betas]] | None = None
         if couples_betas:
             self.base_betas = [
-                [averages_of(kind_of(o), group, told=_told(o)) for group in o.param_groups] for o in optimizers
+                [averages_of(class_name_of(o), group, facts_of(o, group)) for group in o.param_groups]
+                for o in optimizers
             ]
 
     def set_learning_rates(self, schedule_factor: float, plan: BatchPlan | None) -> None:
@@ -179,7 +206,7 @@ class CoupledOptimizers:
 
 def factor_for(optimizer: torch.optim.Optimizer, plan: BatchPlan | None) -> float:
     """What a plan multiplies the scheduled rate of an optimizer with; 1 without a plan."""
-    return 1.0 if plan is None else _factor_of(kind_of(optimizer), plan)
+    return 1.0 if plan is None else _factor_of(class_name_of(optimizer), plan)
 
 
 def _factor_of(name: str, plan: BatchPlan) -> float:
@@ -203,46 +230,28 @@ def for_fewer_samples(plan: BatchPlan, rules: BatchRules, *, num_samples: int) -
     )
 
 
-def averages_of(kind: str, group: Mapping[str, Any], *, told: Sequence[str] | None = None) -> Betas:
-    """The settings of a param group that are weights of the past in an exponential average.
+def averages_of(class_name: str, group: Mapping[str, Any], facts: OptimizerFacts) -> Betas:
+    """Return the settings of a param group that are weights of the past in an exponential average.
 
     Args:
-        kind: class name of the optimizer.
+        class_name: of the optimizer, for errors.
         group: one of its param groups.
-        told: names of such settings, which our optimizers give in `averages`. None: what we know of the class.
+        facts: its row of the table of known optimizers, for this group.
 
     Raises:
-        CouplingError: a momentum that is a sum, one that we do not know, or an average that forgets nothing.
+        CouplingError: a momentum that is a sum, one that is not known, or an average that forgets nothing.
     """
-    if told is not None:
-        return {name: _numbers(kind, name, group[name]) for name in told if group.get(name)}
-    found: Betas = {}
-    for name in (*_BETA_NAMES, *(("alpha",) if kind == "RMSprop" else ())):
-        given = group.get(name)
-        if given is not None:
-            found[name] = _numbers(kind, name, given)
-    momentum = group.get("momentum")
-    if momentum:
-        if kind in _MOMENTUM_IS_AN_AVERAGE:
-            found["momentum"] = _numbers(kind, "momentum", momentum)
-        elif kind == "SGD" and group["dampening"] == momentum:
-            found["momentum"] = found["dampening"] = _numbers(kind, "momentum", momentum)
-        elif kind in ("SGD", "RMSprop"):
-            hint = " (give SGD dampening=momentum, which makes it an average, and a learning rate for that)"
+    if group.get("momentum") and "momentum" not in facts.averaged_settings and not facts.declares_averages:
+        if facts.momentum != "sum":
             raise CouplingError(
-                f"the momentum of {kind} is a sum and not an average: another momentum would be another learning rate. "
-                f"Use beta_coupling='none'{hint if kind == 'SGD' else ''}."
+                f"whether the momentum of {class_name} is a sum or an average is not known; use beta_coupling='none'."
             )
-        else:
-            raise CouplingError(
-                f"whether the momentum of {kind} is a sum or an average is not known; use beta_coupling='none'."
-            )
-    return found
-
-
-def _told(optimizer: torch.optim.Optimizer) -> tuple[str, ...] | None:
-    found: tuple[str, ...] | None = getattr(innermost(optimizer), "averages", None)
-    return found
+        hint = " (give SGD dampening=momentum, which makes it an average, and a learning rate for that)"
+        raise CouplingError(
+            f"the momentum of {class_name} is a sum and not an average: another momentum would be another learning "
+            f"rate. Use beta_coupling='none'{hint if 'dampening' in group else ''}."
+        )
+    return {name: _numbers(class_name, name, group[name]) for name in facts.averaged_settings if group.get(name)}
 
 
 def _numbers(kind: str, name: str, given: Any) -> tuple[float, ...]:

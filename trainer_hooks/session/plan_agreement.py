@@ -13,6 +13,7 @@ from gns_controller.core.policies import PolicyState
 from gns_controller.core.runs import RunSpecification
 from trainer_hooks.client import Controller, Verdict, saved_orders
 from trainer_hooks.distributed.collectives import RankGroup, broadcast_plan
+from trainer_hooks.optim.protocols import NotifiedOfBatchChange
 from trainer_hooks.session.checks import reachable_plan
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class Agreement:
             return
         self._told_batch_size = batch_size
         for optimizer in self._optimizers:
-            if hasattr(optimizer, "on_batch_change"):
+            if isinstance(optimizer, NotifiedOfBatchChange):
                 optimizer.on_batch_change(global_batch_size=batch_size, previous=before)
 
     def _reachable(self, plan: BatchPlan, memory: PolicyState) -> BatchPlan:

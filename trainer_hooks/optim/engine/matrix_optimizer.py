@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gns_controller.core.errors import GeometryError, InvalidInputError
+from trainer_hooks.kernels.spectral_norm import power_iterations, spectrally_normalized
 from trainer_hooks.optim.engine.exchange import Exchange, layout_key
 from trainer_hooks.optim.engine.matrices import CUTS, OWNED, MatrixState, is_of_owner, lacks_matrices, matrices_of
 from trainer_hooks.optim.engine.optimizer import Stepping
 from trainer_hooks.optim.engine.update import blocks_of, descend, gradient_of, refuse_sharded
-from trainer_hooks.optim.grouping.width_transfer import power_iterations, spectrally_normalized
 
 _MAX_BATCH_NUMEL = 2**25
 """Entries of one batch of matrices: bounds what an update takes besides the state."""
@@ -60,8 +60,6 @@ class MatrixOptimizer(Stepping):
     """
 
     _not_copied: ClassVar[tuple[str, ...]] = ("_exchanges", "_process_group")
-    averages: ClassVar[tuple[str, ...]] = ()
-    """Group settings that are weights of the past in exponential averages: those that follow a batch on request."""
     owns_state: ClassVar[bool] = False
     """Whether owners keep state of matrices. Its checkpoints then need every rank: see consolidated_state_dict."""
 

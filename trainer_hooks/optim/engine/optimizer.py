@@ -11,6 +11,7 @@ import torch
 from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.optim.engine.matrices import CUTS
 from trainer_hooks.optim.engine.update import check_decay, check_settings, remember_peak
+from trainer_hooks.optim.known_optimizers import OptimizerFacts
 
 _SCHEDULERS_SETTINGS = {"initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 _OTHERS_SETTINGS = _SCHEDULERS_SETTINGS | {"param_names", "differentiable", "peak_lr"}
@@ -81,10 +82,17 @@ class Stepping(torch.optim.Optimizer):
     a copy does all of the work by itself.
     """
 
+    facts: ClassVar[OptimizerFacts]
+    """Row of this class in the table of known optimizers."""
     _not_copied: ClassVar[tuple[str, ...]] = ()
     """Attributes that a copy gets from its class. Those of the bases count, too."""
     _torch_settings: ClassVar[frozenset[str]] = frozenset()
     """Group settings of torch's optimizer of this name whose checkpoints load here, too. They change nothing."""
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """Group settings that are weights of the past in exponential averages: those that follow a batch on request."""
+        return self.facts.averaged_settings
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy is made of; torch's own keeps no attribute of a subclass."""

@@ -8,34 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gns_controller.core.errors import GeometryError, InvalidInputError
 from trainer_hooks.optim.engine.update_scale import Scale, update_scale
 from trainer_hooks.optim.grouping.roles import MATRIX_ROLES, Role, find_roles
-
-RuleName = Literal["adam", "grafted_shampoo", "muon", "shampoo", "soap", "sgd", "spectral"]
-
-
-@dataclass(frozen=True)
-class TransferRule:
-    """What decides how an optimizer's settings follow the size of a model."""
-
-    name: RuleName
-    """adam stands for every optimizer with entries of size 1, signs too; spectral for updates whose spectral norm is
-    explicitly sqrt(out / in)."""
-    scale: Scale = "none"
-    """The factor that the optimizer already puts on its update; it is divided out, so that it is not counted twice."""
-    exponent: float = 0.25
-    """k of Shampoo: the inverse root on each side."""
-    block_size: int | None = None
-    """Sides are cut into blocks of this size; None: they are not."""
-    largest_side: int | None = None
-    """Sides above are not preconditioned; None: all are."""
+from trainer_hooks.optim.known_optimizers import TransferRule
 
 
 def sides(role: Role, shape: Sequence[int]) -> tuple[int, int]:
@@ -270,54 +249,3 @@ def base_shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     The names carry no wrappers' prefixes. Plain data: `json.dumps` keeps it.
     """
     return {row.name: tuple(row.parameter.shape) for row in find_roles(model)}
-
-
-def power_iterations(num_updates: int) -> int:
-    """How many iterations `spectrally_normalized` gets: 5 in the first 50 updates, then 1.
-
-    Source: arXiv:2512.05620v2, code.
-    """
-    return 5 if num_updates < 50 else 1
-
-
-def spectrally_normalized(update: Tensor, vector: Tensor, *, iterations: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Give an update a spectral norm of `scale`, which with sqrt(dout / din) needs no transfer of the rate over width.
-
-        u = W v / |W v|        v = W^T u / |W^T u|        sigma = |W^T u|        W scale / (sigma + 1e-10)
-
-    Nothing is copied to the host.
-
-    Args:
-        update: W, (..., M, N), floating.
-        vector: v, (..., N) float32 or float64, kept from one step to the next; at first any random direction.
-        iterations: of the power method, at least 1; see `power_iterations`.
-        scale: the spectral norm wanted.
-
-    Returns:
-        The update in its own dtype, and the vector for the next step. A zero update stays zero and leaves the vector.
-
-    Raises:
-        InvalidInputError: iterations < 1.
-
-    Bias: sigma is a lower bound, so the norm comes out at `scale` or above, never below. Before the vector has turned
-    to the top direction it is up to sqrt(min(M, N)) too large, as |W|_F / sqrt(min(M, N)) bounds sigma from below.
-    Source: arXiv:2512.05620v2, code; the bound by the Frobenius norm is ours: a vector that W sends to 0 would blow the
-    update up by 1e10.
-    """
-    if iterations < 1:
-        raise InvalidInputError(f"spectral normalization needs iterations >= 1, got {iterations=}.")
-    matrix = update.to(vector.dtype)
-    sigma = torch.zeros_like(vector[..., :1])
-    for _ in range(iterations):
-        image = matrix @ vector.unsqueeze(-1)
-        image = image / _one_for_zero(torch.linalg.vector_norm(image, dim=-2, keepdim=True))
-        turned = (matrix.mT @ image).squeeze(-1)
-        sigma = torch.linalg.vector_norm(turned, dim=-1, keepdim=True)
-        vector = torch.where(sigma == 0, vector, turned / _one_for_zero(sigma))
-    frobenius = torch.linalg.matrix_norm(matrix).unsqueeze(-1)
-    sigma = torch.maximum(sigma, frobenius / math.sqrt(min(matrix.shape[-2:])))
-    return (matrix * (scale / (sigma + 1e-10)).unsqueeze(-1)).to(update.dtype), vector
-
-
-def _one_for_zero(norm: Tensor) -> Tensor:
-    return torch.where(norm == 0, 1, norm)

@@ -15,7 +15,8 @@ from trainer_hooks.examples.train_lm import build_optimizers
 from trainer_hooks.optim import SNOO, SOAP, AdamW, Muon, Scion, Shampoo, Signum, SpecSGD
 from trainer_hooks.optim.grouping.parameter_groups import GroupedParameter, ParameterGroups, parameter_groups
 from trainer_hooks.optim.grouping.roles import check_ownership
-from trainer_hooks.optim.grouping.width_transfer import TransferRule, base_shapes_of
+from trainer_hooks.optim.grouping.width_transfer import base_shapes_of
+from trainer_hooks.optim.known_optimizers import TransferRule
 
 
 def llama(width: int = 32, num_layers: int = 2) -> Llama:

@@ -62,7 +62,7 @@ def test_grouped_heads_are_orthogonalized_one_by_one_only_if_told() -> None:
 def test_heads_that_do_not_fit_are_named() -> None:
     with pytest.raises(GeometryError, match=r"out.weight: num_heads=3 does not cut"):
         parameter_groups(GroupedQuery(), hidden=Muon, fused={"qkv": (16, 4, 4)}, num_heads={"out": 3})
-    with pytest.raises(InvalidInputError, match="fused= cuts matrices into pieces; Muon knows none"):
+    with pytest.raises(InvalidInputError, match="fused= cuts matrices into pieces, which Muon does not take"):
         parameter_groups(GroupedQuery(), hidden=torch.optim.Muon, fused={"qkv": (16, 4, 4)})
 
 
