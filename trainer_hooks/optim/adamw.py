@@ -9,14 +9,21 @@ import torch
 from torch import Tensor
 
 from gns_controller.core.errors import InvalidInputError
-from trainer_hooks.optim.engine.chunks import chunks_of
-from trainer_hooks.optim.engine.optimizer import Stepping
-from trainer_hooks.optim.engine.split_halves import TakesHalves
-from trainer_hooks.optim.engine.update import Decay, blocks_of, check_settings, descend, gradient_of, state_block
+from trainer_hooks.optim.engine.optimizer import BaseOptimizer
+from trainer_hooks.optim.engine.split_halves import HalvesMixin
+from trainer_hooks.optim.engine.update import (
+    Decay,
+    blocks_of,
+    check_settings,
+    chunks_of,
+    descend,
+    gradient_of,
+    state_block,
+)
 from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
 
 
-class AdamW(TakesHalves, Stepping):
+class AdamW(HalvesMixin, BaseOptimizer):
     """Adam with decoupled weight decay, by torch's conventions: state and checkpoints are those of torch.optim.AdamW.
 
         m <- beta1 m + (1 - beta1) g          m^ = m / (1 - beta1^t)

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.optim.engine.kronecker_factors import (
-    average,
-    average_grams,
+    accumulate,
+    accumulate_grams,
     check_betas,
     in_working_dtype,
     inverse_roots,
-    kept,
-    stacked,
+    rescaled_to_rms,
+    stack_buffers,
+    state_buffers,
     where_finite,
-    with_rms,
 )
 from trainer_hooks.optim.engine.matrices import MatrixState
 from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
@@ -112,15 +112,15 @@ class ASGO(MatrixOptimizer):
         rows, columns = grads_BMN.shape[-2:]
         beta1, beta2 = group["betas"]
         side = min(rows, columns)
-        factors = kept(states, "factor", grads_BMN, side, side)
-        average_grams(factors, grads_BMN if rows == side else grads_BMN.mT, beta2)
+        factors = state_buffers(states, "factor", grads_BMN, side, side)
+        accumulate_grams(factors, grads_BMN if rows == side else grads_BMN.mT, beta2)
         roots_BSS = inverse_roots(
             torch.stack(factors), exponent=0.5, epsilon=group["epsilon"], relative=True, method=group["method"]
         )
         roots_BSS = where_finite(roots_BSS, torch.eye(side, dtype=roots_BSS.dtype, device=roots_BSS.device))
         momenta_BMN = grads_BMN
         if beta1:
-            average(kept(states, "momentum", grads_BMN), grads_BMN, beta1)
-            momenta_BMN = stacked(states, "momentum")
+            accumulate(state_buffers(states, "momentum", grads_BMN), grads_BMN, beta1)
+            momenta_BMN = stack_buffers(states, "momentum")
         updates_BMN = roots_BSS @ momenta_BMN if rows == side else momenta_BMN @ roots_BSS
-        return with_rms(updates_BMN, 0.2)
+        return rescaled_to_rms(updates_BMN, 0.2)

@@ -15,16 +15,16 @@ from torch import Tensor
 from trainer_hooks.kernels import eigenbasis, needs_refresh, refreshed_basis
 from trainer_hooks.optim.engine.kronecker_factors import (
     FactoredOptimizer,
-    average,
-    average_grams,
+    accumulate,
+    accumulate_grams,
+    bias_correction,
     check_betas,
     check_counts,
-    correction,
     in_working_dtype,
-    is_due,
-    kept,
-    replace,
-    stacked,
+    is_refresh_due,
+    stack_buffers,
+    state_buffers,
+    store,
     where_finite,
 )
 from trainer_hooks.optim.engine.matrices import MatrixState
@@ -141,21 +141,21 @@ class EShampoo(FactoredOptimizer):
         grads_BMN = in_working_dtype(matrices_BMN)
         rows, columns = grads_BMN.shape[-2:]
         beta1, beta2 = group["betas"]
-        average_grams(kept(states, "left", grads_BMN, rows, rows), grads_BMN, beta2)
-        average_grams(kept(states, "right", grads_BMN, columns, columns), grads_BMN.mT, beta2)
-        momenta = kept(states, "momentum", grads_BMN)
-        second_moments = kept(states, "second_moment", grads_BMN)
+        accumulate_grams(state_buffers(states, "left", grads_BMN, rows, rows), grads_BMN, beta2)
+        accumulate_grams(state_buffers(states, "right", grads_BMN, columns, columns), grads_BMN.mT, beta2)
+        momenta = state_buffers(states, "momentum", grads_BMN)
+        second_moments = state_buffers(states, "second_moment", grads_BMN)
         _begin(states)
-        if is_due(step, group):
+        if is_refresh_due(step, group):
             _refresh(states, group, is_first=step == group["start_preconditioning_step"])
         rotated = step >= group["start_preconditioning_step"]
         if rotated:
-            left_BMM, right_BNN = (stacked(states, f"{side}_basis") for side in _SIDES)
+            left_BMM, right_BNN = (stack_buffers(states, f"{side}_basis") for side in _SIDES)
             grads_BMN = left_BMM.mT @ grads_BMN @ right_BNN
-        average(momenta, grads_BMN, beta1)
-        average(second_moments, grads_BMN.square(), beta2)
-        denominators_BMN = torch.stack(second_moments).div_(correction(beta2, step)).sqrt_().add_(group["epsilon"])
-        updates_BMN = torch.stack(momenta).div_(denominators_BMN).div_(correction(beta1, step))
+        accumulate(momenta, grads_BMN, beta1)
+        accumulate(second_moments, grads_BMN.square(), beta2)
+        denominators_BMN = torch.stack(second_moments).div_(bias_correction(beta2, step)).sqrt_().add_(group["epsilon"])
+        updates_BMN = torch.stack(momenta).div_(denominators_BMN).div_(bias_correction(beta1, step))
         return left_BMM @ updates_BMN @ right_BNN.mT if rotated else updates_BMN
 
 
@@ -175,7 +175,7 @@ def _refresh(states: Sequence[MatrixState], group: dict[str, Any], *, is_first: 
         chosen = [state for state, is_stale in zip(states, stale[number], strict=True) if is_stale]
         if not chosen:
             continue
-        factors_BSS, previous_BSS = stacked(chosen, side), stacked(chosen, f"{side}_basis")
+        factors_BSS, previous_BSS = stack_buffers(chosen, side), stack_buffers(chosen, f"{side}_basis")
         if is_first or not group["qr_iterations"]:
             found_BSS = eigenbasis(factors_BSS)
         else:
@@ -188,16 +188,18 @@ def _refresh(states: Sequence[MatrixState], group: dict[str, Any], *, is_first: 
 
 def _stale(states: Sequence[MatrixState], tolerance: float) -> list[list[bool]]:
     """Which bases fail the criterion, by side and matrix. The one copy to the host."""
-    failing = [needs_refresh(stacked(states, side), stacked(states, f"{side}_basis"), tolerance) for side in _SIDES]
+    failing = [
+        needs_refresh(stack_buffers(states, side), stack_buffers(states, f"{side}_basis"), tolerance) for side in _SIDES
+    ]
     found: list[list[bool]] = torch.stack(failing).tolist()
     return found
 
 
 def _turn(states: Sequence[MatrixState], side: str, previous_BSS: Tensor, found_BSS: Tensor) -> None:
     """Take another basis, and carry momentum and second moments into it."""
-    replace(states, f"{side}_basis", found_BSS)
+    store(states, f"{side}_basis", found_BSS)
     turn_BSS = found_BSS.mT @ previous_BSS
     for name, matrix_BSS in (("momentum", turn_BSS), ("second_moment", turn_BSS.square())):
-        kept_BMN = stacked(states, name)
+        kept_BMN = stack_buffers(states, name)
         carried_BMN = matrix_BSS @ kept_BMN if side == "left" else kept_BMN @ matrix_BSS.mT
         torch._foreach_copy_([state[name] for state in states], list(carried_BMN.unbind()))

@@ -13,9 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from gns_controller.core.errors import InvalidInputError
-from trainer_hooks.optim.engine.chunks import chunks_of
 from trainer_hooks.optim.engine.merged_state import MergedStates
-from trainer_hooks.optim.engine.update import blocks_of, check_settings, refuse_sharded, state_block
+from trainer_hooks.optim.engine.update import blocks_of, check_settings, chunks_of, refuse_sharded, state_block
 
 _BUFFERS = ("outer_slow", "outer_momentum")
 _COUNTS = ("outer_num_steps", "outer_interval")

@@ -18,8 +18,7 @@ from gns_controller.core.errors import GeometryError, InvalidInputError
 from trainer_hooks.kernels import NEWTON_SCHULZ_5, OrthogonalizationSchedule, orthogonalize
 from trainer_hooks.optim.engine.matrices import MatrixState
 from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
-from trainer_hooks.optim.engine.norms import safe_rms
-from trainer_hooks.optim.engine.update import check_settings, gradient_of, state_block
+from trainer_hooks.optim.engine.update import check_settings, gradient_of, safe_rms, state_block
 from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
 from trainer_hooks.optim.muon import check_iteration
 

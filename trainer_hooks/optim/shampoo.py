@@ -16,25 +16,24 @@ from torch import Tensor
 from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.optim.engine.kronecker_factors import (
     FactoredOptimizer,
-    average,
-    average_grams,
+    accumulate,
+    accumulate_grams,
+    bias_correction,
     check_betas,
     check_counts,
     corrected_inverse_roots,
-    correction,
     in_working_dtype,
     inverse_roots,
-    is_due,
-    kept,
-    replace,
-    stacked,
+    is_refresh_due,
+    rescaled_to_rms,
+    stack_buffers,
+    state_buffers,
+    store,
     where_finite,
-    with_rms,
 )
 from trainer_hooks.optim.engine.matrices import MatrixState
-from trainer_hooks.optim.engine.norms import safe_rms
-from trainer_hooks.optim.engine.split_halves import TakesHalves
-from trainer_hooks.optim.engine.update import Decay, blocks_of, check_settings
+from trainer_hooks.optim.engine.split_halves import HalvesMixin
+from trainer_hooks.optim.engine.update import Decay, blocks_of, check_settings, safe_rms
 from trainer_hooks.optim.known_optimizers import OptimizerFacts, RuleName, TransferRule
 
 Factors = Literal["gradient", "kl"]
@@ -58,7 +57,7 @@ def _facts_by_grafting(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"transfer_rule": rule}
 
 
-class Shampoo(TakesHalves, FactoredOptimizer):
+class Shampoo(HalvesMixin, FactoredOptimizer):
     """Momentum between inverse roots of the gradient's row and column Gram matrices, block by block.
 
         L <- beta2 L + (1 - beta2) G G^T        R <- beta2 R + (1 - beta2) G^T G        m <- beta1 m + (1 - beta1) G
@@ -225,13 +224,13 @@ class Shampoo(TakesHalves, FactoredOptimizer):
         halves = _halves_of(grads_BMN, states)
         for_momentum_BMN, for_factors_BMN = halves or (grads_BMN, grads_BMN)
         _observe(for_factors_BMN, states, group)
-        if is_due(step, group):
+        if is_refresh_due(step, group):
             _refresh(halves, states, group, step)
         momenta_BMN = _momenta(for_momentum_BMN, states, group, step)
         if step < group["start_preconditioning_step"]:
             updates_BMN = momenta_BMN
         else:
-            updates_BMN = stacked(states, "left_root") @ momenta_BMN @ stacked(states, "right_root")
+            updates_BMN = stack_buffers(states, "left_root") @ momenta_BMN @ stack_buffers(states, "right_root")
         return _grafted(updates_BMN, grads_BMN, momenta_BMN, states, group, step)
 
 
@@ -248,16 +247,16 @@ def _halves_of(grads_BMN: Tensor, states: Sequence[MatrixState]) -> tuple[Tensor
 def _observe(grads_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any]) -> None:
     """Let the factors average this gradient."""
     rows, columns = grads_BMN.shape[-2:]
-    left = kept(states, "left", grads_BMN, rows, rows)
-    right = kept(states, "right", grads_BMN, columns, columns)
+    left = state_buffers(states, "left", grads_BMN, rows, rows)
+    right = state_buffers(states, "right", grads_BMN, columns, columns)
     _begin(states)
     beta2 = group["betas"][1]
     if group["factors"] == "gradient":
-        average_grams(left, grads_BMN, beta2)
-        average_grams(right, grads_BMN.mT, beta2)
+        accumulate_grams(left, grads_BMN, beta2)
+        accumulate_grams(right, grads_BMN.mT, beta2)
         return
-    average_grams(left, grads_BMN @ stacked(states, "right_root"), beta2, scale=1 / columns)
-    average_grams(right, grads_BMN.mT @ stacked(states, "left_root"), beta2, scale=1 / rows)
+    accumulate_grams(left, grads_BMN @ stack_buffers(states, "right_root"), beta2, scale=1 / columns)
+    accumulate_grams(right, grads_BMN.mT @ stack_buffers(states, "left_root"), beta2, scale=1 / rows)
 
 
 def _begin(states: Sequence[MatrixState]) -> None:
@@ -272,17 +271,17 @@ def _refresh(
     halves: tuple[Tensor, Tensor] | None, states: Sequence[MatrixState], group: dict[str, Any], step: int
 ) -> None:
     beta2 = group["betas"][1]
-    weights = correction(beta2, step)
+    weights = bias_correction(beta2, step)
     damping = {"exponent": group["exponent"], "epsilon": group["epsilon"], "relative": group["relative_epsilon"]}
     for side in ("left", "right"):
-        factors_BSS = stacked(states, side).div_(weights)
+        factors_BSS = stack_buffers(states, side).div_(weights)
         if halves is None:
             roots_BSS = inverse_roots(factors_BSS, method=group["method"], **damping)
         else:
             weight = 1.0 if beta2 == 1 else (1 - beta2) / weights
             sides = [half_BMN if side == "left" else half_BMN.mT for half_BMN in halves]
             roots_BSS = corrected_inverse_roots(factors_BSS, sides[0], sides[1], weight=weight, **damping)
-        replace(states, f"{side}_root", where_finite(roots_BSS, stacked(states, f"{side}_root")))
+        store(states, f"{side}_root", where_finite(roots_BSS, stack_buffers(states, f"{side}_root")))
 
 
 def _check(group: dict[str, Any]) -> None:
@@ -334,13 +333,13 @@ def _momenta(grads_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, 
     beta1 = group["betas"][0]
     if beta1 == 0:
         return grads_BMN
-    buffers = kept(states, "momentum", grads_BMN)
-    average(buffers, grads_BMN, beta1)
+    buffers = state_buffers(states, "momentum", grads_BMN)
+    accumulate(buffers, grads_BMN, beta1)
     momenta_BMN = torch.stack(buffers)
     if group["nesterov"]:
         momenta_BMN = torch.lerp(grads_BMN, momenta_BMN, beta1)
         step += 1
-    return momenta_BMN.div_(correction(beta1, step))
+    return momenta_BMN.div_(bias_correction(beta1, step))
 
 
 def _grafted(
@@ -354,12 +353,14 @@ def _grafted(
     if group["grafting"] == "none":
         return updates_BMN
     if group["grafting"] == "rms_match":
-        return with_rms(updates_BMN, 0.2)
+        return rescaled_to_rms(updates_BMN, 0.2)
     beta2 = group["grafting_beta2"]
-    second_moments = kept(states, "second_moment", grads_BMN)
-    average(second_moments, grads_BMN.square(), beta2)
-    denominators_BMN = torch.stack(second_moments).div_(correction(beta2, step)).sqrt_().add_(group["grafting_epsilon"])
+    second_moments = state_buffers(states, "second_moment", grads_BMN)
+    accumulate(second_moments, grads_BMN.square(), beta2)
+    denominators_BMN = (
+        torch.stack(second_moments).div_(bias_correction(beta2, step)).sqrt_().add_(group["grafting_epsilon"])
+    )
     adam_BMN = momenta_BMN / denominators_BMN
     if step < group["start_preconditioning_step"]:
         return adam_BMN
-    return with_rms(updates_BMN, safe_rms(adam_BMN, dim=(1, 2)))
+    return rescaled_to_rms(updates_BMN, safe_rms(adam_BMN, dim=(1, 2)))

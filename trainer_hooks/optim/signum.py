@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from gns_controller.core.errors import InvalidInputError
-from trainer_hooks.optim.engine.optimizer import Stepping
+from trainer_hooks.optim.engine.optimizer import BaseOptimizer
 from trainer_hooks.optim.engine.update import Decay, blocks_of, check_settings, descend, gradient_of, state_block
 from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
 
 
-class Signum(Stepping):
+class Signum(BaseOptimizer):
     """Sign of an exponential average of gradients.
 
         m <- beta m + (1 - beta) g        w <- w (1 - lr weight_decay) - lr sign(m)

@@ -17,14 +17,14 @@ from torch import Tensor
 from trainer_hooks.kernels import eigenbasis
 from trainer_hooks.optim.engine.kronecker_factors import (
     FactoredOptimizer,
-    average,
-    average_grams,
+    accumulate,
+    accumulate_grams,
+    bias_correction,
     check_betas,
-    correction,
     in_working_dtype,
-    kept,
-    replace,
-    stacked,
+    stack_buffers,
+    state_buffers,
+    store,
     update_cost,
     where_finite,
 )
@@ -149,8 +149,8 @@ class SOAP(FactoredOptimizer):
         num_updates = step - 1
         if num_updates == 0:
             updates_BMN = torch.zeros_like(grads_BMN)
-            kept(states, "momentum", grads_BMN)  # all there is from the first step on: checkpoints go by it
-            kept(states, "second_moment", grads_BMN)
+            state_buffers(states, "momentum", grads_BMN)  # all there is from the first step on: checkpoints go by it
+            state_buffers(states, "second_moment", grads_BMN)
         else:
             rotated_BMN = _adam(_turned(grads_BMN, states), states, group, num_updates)
             updates_BMN = _turned(rotated_BMN, states, back=True)
@@ -180,12 +180,12 @@ class SOAP(FactoredOptimizer):
 def _adam(rotated_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], num_updates: int) -> Tensor:
     """Adam's update of rotated gradients, in their basis."""
     beta1, beta2 = group["betas"]
-    momenta = kept(states, "momentum", rotated_BMN)
-    second_moments = kept(states, "second_moment", rotated_BMN)
-    average(momenta, rotated_BMN, beta1)
-    average(second_moments, rotated_BMN.square(), beta2)
+    momenta = state_buffers(states, "momentum", rotated_BMN)
+    second_moments = state_buffers(states, "second_moment", rotated_BMN)
+    accumulate(momenta, rotated_BMN, beta1)
+    accumulate(second_moments, rotated_BMN.square(), beta2)
     denominators_BMN = torch.stack(second_moments).sqrt_().add_(group["epsilon"])
-    size = math.sqrt(correction(beta2, num_updates)) / correction(beta1, num_updates)
+    size = math.sqrt(bias_correction(beta2, num_updates)) / bias_correction(beta1, num_updates)
     updates_BMN = torch.stack(momenta).div_(denominators_BMN).mul_(size)
     if not group["guard"]:
         return updates_BMN
@@ -199,8 +199,8 @@ def _largest_entry(beta1: float, beta2: float, num_updates: int) -> float:
         return math.inf if beta1 else 1.0
     ratio = beta1**2 / beta2
     total = num_updates if ratio == 1 else (1 - ratio**num_updates) / (1 - ratio)
-    weight = (1 - beta1) / correction(beta1, num_updates)
-    return weight * math.sqrt(correction(beta2, num_updates) / (1 - beta2) * total)
+    weight = (1 - beta1) / bias_correction(beta1, num_updates)
+    return weight * math.sqrt(bias_correction(beta2, num_updates) / (1 - beta2) * total)
 
 
 def _observe(grads_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any]) -> None:
@@ -208,16 +208,18 @@ def _observe(grads_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, 
     for side, matrices_BSL in zip(_SIDES, (grads_BMN, grads_BMN.mT), strict=True):
         length = matrices_BSL.shape[-2]
         if length <= group["max_preconditioner_dim"]:
-            average_grams(kept(states, side, grads_BMN, length, length), matrices_BSL, group["shampoo_beta"])
+            accumulate_grams(
+                state_buffers(states, side, grads_BMN, length, length), matrices_BSL, group["shampoo_beta"]
+            )
 
 
 def _turned(matrices_BMN: Tensor, states: Sequence[MatrixState], *, back: bool = False) -> Tensor:
     """Into the eigenbases, or back."""
     if "left_basis" in states[0]:
-        left_BMM = stacked(states, "left_basis")
+        left_BMM = stack_buffers(states, "left_basis")
         matrices_BMN = (left_BMM if back else left_BMM.mT) @ matrices_BMN
     if "right_basis" in states[0]:
-        right_BNN = stacked(states, "right_basis")
+        right_BNN = stack_buffers(states, "right_basis")
         matrices_BMN = matrices_BMN @ (right_BNN.mT if back else right_BNN)
     return matrices_BMN
 
@@ -225,24 +227,24 @@ def _turned(matrices_BMN: Tensor, states: Sequence[MatrixState], *, back: bool =
 def _begin(states: Sequence[MatrixState]) -> None:
     for side in _SIDES:
         if side in states[0]:
-            factors_BSS = stacked(states, side)
+            factors_BSS = stack_buffers(states, side)
             identity_SS = torch.eye(factors_BSS.shape[-1], dtype=factors_BSS.dtype, device=factors_BSS.device)
-            replace(states, f"{side}_basis", where_finite(eigenbasis(factors_BSS), identity_SS))
+            store(states, f"{side}_basis", where_finite(eigenbasis(factors_BSS), identity_SS))
 
 
 def _refresh(states: Sequence[MatrixState]) -> None:
     """One power iteration: m goes with the basis, v with the order of its columns."""
-    momenta_BMN = _turned(stacked(states, "momentum"), states, back=True)
-    second_moments_BMN = stacked(states, "second_moment")
+    momenta_BMN = _turned(stack_buffers(states, "momentum"), states, back=True)
+    second_moments_BMN = stack_buffers(states, "second_moment")
     for side, dim in zip(_SIDES, (-2, -1), strict=True):
         if side not in states[0]:
             continue
-        factors_BSS, bases_BSS = stacked(states, side), stacked(states, f"{side}_basis")
+        factors_BSS, bases_BSS = stack_buffers(states, side), stack_buffers(states, f"{side}_basis")
         images_BSS = factors_BSS @ bases_BSS
         order_BS = (bases_BSS * images_BSS).sum(-2).argsort(dim=-1, descending=True, stable=True)
         found_BSS, _ = torch.linalg.qr(images_BSS.take_along_dim(order_BS.unsqueeze(-2), dim=-1))
         found_BSS = where_finite(found_BSS, bases_BSS)
-        replace(states, f"{side}_basis", found_BSS)
+        store(states, f"{side}_basis", found_BSS)
         second_moments_BMN = second_moments_BMN.take_along_dim(order_BS.unsqueeze(-1 if dim == -2 else -2), dim=dim)
     for name, matrices_BMN in (("momentum", _turned(momenta_BMN, states)), ("second_moment", second_moments_BMN)):
         torch._foreach_copy_([state[name] for state in states], list(matrices_BMN.unbind()))

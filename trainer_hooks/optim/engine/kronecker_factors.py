@@ -18,8 +18,7 @@ from trainer_hooks.kernels.inverse_roots import eigenvalues_and_basis
 from trainer_hooks.kernels.symmetric import gram, in_blocks
 from trainer_hooks.optim.engine.matrices import MatrixState
 from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
-from trainer_hooks.optim.engine.norms import safe_rms
-from trainer_hooks.optim.engine.update import check_settings
+from trainer_hooks.optim.engine.update import check_settings, safe_rms
 
 _DECOMPOSITION = 10.0
 """Cost of one eigendecomposition over that of one product of the same side. 6 on a core of a CPU, more on a GPU."""
@@ -75,7 +74,7 @@ def update_cost(rows: int, columns: int, *, frequency: int, longest_side: int | 
     return products + _DECOMPOSITION * sum(side**3 for side in sides) / frequency
 
 
-def is_due(step: int, group: dict[str, Any]) -> bool:
+def is_refresh_due(step: int, group: dict[str, Any]) -> bool:
     """Whether factors are decomposed at this step: the start, every so many after it, and after a batch change."""
     since_start: int = step - group["start_preconditioning_step"]
     return since_start >= 0 and bool(group["refresh_due"] or since_start % group["precondition_frequency"] == 0)
@@ -104,12 +103,12 @@ def check_betas(kind: str, betas: tuple[float, float], *, sum_allowed: bool = Fa
         check_settings(kind, **{"betas[1]": (second, 0, 1)})
 
 
-def correction(beta: float, step: int) -> float:
+def bias_correction(beta: float, step: int) -> float:
     """Sum of the weights in an average that began with zero `step` steps ago; 1 for a sum."""
     return 1.0 if beta == 1 else 1 - beta**step
 
 
-def with_rms(updates_BMN: Tensor, rms: Tensor | float) -> Tensor:
+def rescaled_to_rms(updates_BMN: Tensor, rms: Tensor | float) -> Tensor:
     """Updates of this root mean square; zero stays zero."""
     present_B11 = safe_rms(updates_BMN, dim=(1, 2))
     return updates_BMN / torch.where(present_B11 == 0, 1, present_B11) * rms
@@ -120,7 +119,7 @@ def in_working_dtype(matrices: Tensor) -> Tensor:
     return matrices.to(torch.promote_types(matrices.dtype, torch.float32))
 
 
-def kept(states: Sequence[MatrixState], name: str, like_BMN: Tensor, *shape: int) -> list[Tensor]:
+def state_buffers(states: Sequence[MatrixState], name: str, like_BMN: Tensor, *shape: int) -> list[Tensor]:
     """A buffer of every matrix, of this shape or of the matrices', made of zeros when first asked for."""
     for state in states:
         if name not in state:
@@ -128,20 +127,20 @@ def kept(states: Sequence[MatrixState], name: str, like_BMN: Tensor, *shape: int
     return [state[name] for state in states]
 
 
-def average(buffers: list[Tensor], found_BMN: Tensor, beta: float, *, scale: float = 1.0) -> None:
+def accumulate(buffers: list[Tensor], found_BMN: Tensor, beta: float, *, scale: float = 1.0) -> None:
     """Let buffer <- beta buffer + (1 - beta) scale found, or buffer + scale found where beta is 1."""
     if beta != 1:
         torch._foreach_mul_(buffers, beta)
     torch._foreach_add_(buffers, list(found_BMN.unbind()), alpha=scale if beta == 1 else (1 - beta) * scale)
 
 
-def average_grams(factors: list[Tensor], matrices_BSL: Tensor, beta: float, *, scale: float = 1.0) -> None:
+def accumulate_grams(factors: list[Tensor], matrices_BSL: Tensor, beta: float, *, scale: float = 1.0) -> None:
     """Let factor <- beta factor + (1 - beta) scale X X^T, or factor + scale X X^T where beta is 1."""
     if in_blocks(matrices_BSL[0]):
         for factor, matrix_SL in zip(factors, matrices_BSL, strict=True):
-            average([factor], gram(matrix_SL).unsqueeze(0), beta, scale=scale)
+            accumulate([factor], gram(matrix_SL).unsqueeze(0), beta, scale=scale)
     else:
-        average(factors, gram(matrices_BSL), beta, scale=scale)
+        accumulate(factors, gram(matrices_BSL), beta, scale=scale)
 
 
 def inverse_roots(
@@ -222,12 +221,12 @@ def where_finite(found_BSS: Tensor, previous_BSS: Tensor) -> Tensor:
     return torch.where(is_finite_B11, found_BSS, previous_BSS)
 
 
-def replace(states: Sequence[MatrixState], name: str, found_BSS: Tensor) -> None:
+def store(states: Sequence[MatrixState], name: str, found_BSS: Tensor) -> None:
     """Keep what was found, each in memory of its own."""
     for state, found_SS in zip(states, found_BSS, strict=True):
         state[name] = found_SS.clone()
 
 
-def stacked(states: Sequence[MatrixState], name: str) -> Tensor:
+def stack_buffers(states: Sequence[MatrixState], name: str) -> Tensor:
     """A buffer of every matrix, (B, ...)."""
     return torch.stack([state[name] for state in states])

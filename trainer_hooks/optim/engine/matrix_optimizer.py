@@ -23,7 +23,7 @@ from gns_controller.core.errors import GeometryError, InvalidInputError
 from trainer_hooks.kernels.spectral_norm import power_iterations, spectrally_normalized
 from trainer_hooks.optim.engine.exchange import Exchange, layout_key
 from trainer_hooks.optim.engine.matrices import CUTS, OWNED, MatrixState, is_of_owner, lacks_matrices, matrices_of
-from trainer_hooks.optim.engine.optimizer import Stepping
+from trainer_hooks.optim.engine.optimizer import BaseOptimizer
 from trainer_hooks.optim.engine.update import blocks_of, descend, gradient_of, refuse_sharded
 
 _MAX_BATCH_NUMEL = 2**25
@@ -44,7 +44,7 @@ class _Item(NamedTuple):
     update: Tensor
 
 
-class MatrixOptimizer(Stepping):
+class MatrixOptimizer(BaseOptimizer):
     """Base of optimizers whose update of a matrix needs the whole matrix. One without entries gets no update.
 
     Args:

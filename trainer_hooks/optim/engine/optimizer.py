@@ -75,7 +75,7 @@ _SHARED_SETTINGS = {"decay", "cautious", "maximize", "spectral_normalization", "
 """Of several optimizers, as CUTS, so that they tell none from another. Older checkpoints may go without."""
 
 
-class Stepping(torch.optim.Optimizer):
+class BaseOptimizer(torch.optim.Optimizer):
     """Base of optimizers: step() evaluates the closure and calls _step.
 
     copy.deepcopy and pickle take settings, state and what the constructor was given, but no hooks and no process group:

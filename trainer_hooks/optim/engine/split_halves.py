@@ -14,7 +14,7 @@ from trainer_hooks.distributed.sharding import local_tensor
 _NOTHING: Mapping[Tensor, Tensor] = MappingProxyType({})
 
 
-class TakesHalves:
+class HalvesMixin:
     """For optimizers with the group setting update_bias_correction.
 
     A batch is cut into halves A and B of equal size. With g the gradient of the batch and d = (g_A - g_B) / 2, the

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +18,9 @@ Decay = Literal["decoupled", "independent"]
 
 The first lr is the group's initial_lr if it has one, as learning-rate schedulers write it, else its lr at construction.
 """
+
+_CHUNK_NUMEL = 2**26
+"""Entries of this rank's blocks: 256 MiB per temporary list in float32, and kernels long past launch-bound."""
 
 
 def check_settings(kind: str, **bounds: tuple[float, float, float]) -> None:
@@ -57,6 +61,24 @@ def gradient_of(parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
 def blocks_of(parameters: Sequence[Tensor]) -> list[Tensor]:
     """This rank's blocks, which share memory with the parameters."""
     return [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
+
+
+def chunks_of(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The parameters in lists of one device and dtype, plain ones and DTensors together, of bounded size."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in parameters:
+        alike.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    for found in alike.values():
+        chunk: list[Tensor] = []
+        numel = 0
+        for parameter in found:
+            chunk.append(parameter)
+            numel += (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+            if numel >= _CHUNK_NUMEL:
+                yield chunk
+                chunk, numel = [], 0
+        if chunk:
+            yield chunk
 
 
 def state_block(state: dict[str, Any], name: str, parameter: Tensor) -> Tensor:
@@ -104,6 +126,31 @@ def descend(blocks: Sequence[Tensor], updates: Sequence[Tensor], group: Mapping[
     elif shrinkage:
         torch._foreach_mul_(list(blocks), 1 - shrinkage)
     torch._foreach_add_(list(blocks), list(updates), alpha=-rate)
+
+
+def safe_rms(tensor: Tensor, *, dim: int | tuple[int, ...]) -> Tensor:
+    """Root mean square along dims, also where squares would overflow or vanish.
+
+        s (mean (x / s)^2)^(1/2)        s = max |x|
+
+    Divide by it, where it is not 0. It lies between s / n^(1/2) and s, n entries, and so within the range of x, which a
+    norm may leave; so may its inverse.
+
+    Args:
+        tensor: floating, computed in float32, or in float64 if it is that.
+        dim: these dims stay, with size 1.
+
+    Returns:
+        In the dtype it was computed in: 0 of zeros and of no entries, NaN where x is not finite.
+    """
+    entries = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    if not entries.numel():
+        return entries.sum(dim, keepdim=True)
+    largest = entries.abs().amax(dim, keepdim=True)
+    scaled = entries / torch.where(largest == 0, 1, largest)
+    norm = torch.linalg.vector_norm(scaled, dim=dim, keepdim=True)
+    found: Tensor = largest * (norm / math.sqrt(entries.numel() / norm.numel()))
+    return found
 
 
 def refuse_sharded(parameters: Sequence[Tensor]) -> None:

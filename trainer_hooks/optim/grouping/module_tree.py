@@ -18,8 +18,8 @@ _SUFFIX = re.compile(r"_(w|weight)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """Where a parameter hangs in the module tree; a tied one hangs in several places."""
+class ParameterLocation:
+    """Where a parameter hangs in the module tree; a tied one hangs in several locations."""
 
     name: str
     path: tuple[str, ...]
@@ -40,13 +40,13 @@ class Place:
         return next((word for word in reversed(self.words) if not word.isdigit()), "")
 
 
-def places_of(model: nn.Module) -> dict[nn.Parameter, list[Place]]:
-    """The places of every parameter, in the order of named_parameters.
+def locations_of(model: nn.Module) -> dict[nn.Parameter, list[ParameterLocation]]:
+    """The locations of every parameter, in the order of named_parameters.
 
     Raises:
         InvalidInputError: a parameter without a shape yet.
     """
-    places: dict[nn.Parameter, list[Place]] = {}
+    locations: dict[nn.Parameter, list[ParameterLocation]] = {}
     modules: dict[tuple[str, ...], nn.Module] = {}
     for path, module in _modules(model, (), frozenset()):
         modules[path] = module
@@ -56,12 +56,12 @@ def places_of(model: nn.Module) -> dict[nn.Parameter, list[Place]]:
             name = ".".join((*path, local))
             if is_lazy(parameter):
                 raise InvalidInputError(f"{name} has no shape yet: run the model on one batch first.")
-            place = Place(name, path, module, _of_which(module, local))
+            location = ParameterLocation(name, path, module, _of_which(module, local))
             is_flat = sum(side != 1 for side in parameter.shape) < 2
             if isinstance(module, ParametrizationList) and not (is_flat and local != "original"):
-                place = Place(name, path[:-2], modules[path[:-2]], path[-1])
-            places.setdefault(parameter, []).append(place)
-    return places
+                location = ParameterLocation(name, path[:-2], modules[path[:-2]], path[-1])
+            locations.setdefault(parameter, []).append(location)
+    return locations
 
 
 def _of_which(module: nn.Module, local: str) -> str:
@@ -73,7 +73,7 @@ def _of_which(module: nn.Module, local: str) -> str:
 def _modules(
     module: nn.Module, path: tuple[str, ...], above: frozenset[int]
 ) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
-    """Every module at every place it hangs, wrappers left out of the path."""
+    """Every module at every location it hangs, wrappers left out of the path."""
     yield path, module
     for name, child in module._modules.items():
         if child is None or id(child) in above:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gns_controller.core.errors import InvalidInputError
-from trainer_hooks.optim.grouping.module_tree import Place, places_of
+from trainer_hooks.optim.grouping.module_tree import ParameterLocation, locations_of
 
 Role = Literal[
     "linear",
@@ -81,12 +81,12 @@ def find_roles(model: nn.Module, *, fused: Mapping[str, Sequence[int]] | None = 
         InvalidInputError: an expression that matches no parameter, sizes that do not add up to the rows, or a parameter
             without a shape yet.
     """
-    places = places_of(model)
-    heads = _heads(places)
-    matrices = [found[0].name for parameter, found in places.items() if parameter.ndim > 1]
+    locations = locations_of(model)
+    heads = _heads(locations)
+    matrices = [found[0].name for parameter, found in locations.items() if parameter.ndim > 1]
     sizes = match(fused or {}, matrices, what="fused")
     rows = []
-    for parameter, found in places.items():
+    for parameter, found in locations.items():
         name = found[0].name
         role = _role(parameter, found, heads)
         split = _split(found[0], parameter) if role in ("qkv", "matrix", "expert") and parameter.ndim == 2 else None
@@ -193,34 +193,34 @@ def numbered(name: str) -> tuple[str, tuple[int, ...]]:
 
 def folded_names(names: Sequence[str]) -> list[str]:
     """Names that differ in numbers only, as one name with ranges; as they are, unless all combinations are there."""
-    place, _ = numbered(names[0])
+    pattern, _ = numbered(names[0])
     found = [numbered(name)[1] for name in names]
     axes = [sorted(set(axis)) for axis in zip(*found, strict=True)]
     if sorted(found) != list(product(*axes)):
         return list(names)
     for axis in axes:
-        place = place.replace("*", _ranges(axis), 1)
-    return [place]
+        pattern = pattern.replace("*", _ranges(axis), 1)
+    return [pattern]
 
 
-def _heads(places: Mapping[nn.Parameter, Sequence[Place]]) -> set[nn.Parameter]:
+def _heads(locations: Mapping[nn.Parameter, Sequence[ParameterLocation]]) -> set[nn.Parameter]:
     """The matrices that give the model's output: by a name at the top, else by an embedding's shape."""
-    found = [(place, parameter) for parameter, hanging in places.items() for place in hanging]
-    shared = _common_prefix([place.words for place, _ in found])
-    matrices = [(place, parameter) for place, parameter in found if parameter.ndim == 2]
-    others = [(place, parameter) for place, parameter in matrices if not _is_embedding(place, parameter)]
+    found = [(location, parameter) for parameter, hanging in locations.items() for location in hanging]
+    shared = _common_prefix([location.words for location, _ in found])
+    matrices = [(location, parameter) for location, parameter in found if parameter.ndim == 2]
+    others = [(location, parameter) for location, parameter in matrices if not _is_embedding(location, parameter)]
     at_top: dict[str, nn.Parameter] = {}
-    for place, parameter in others:
-        below = place.words[shared:]
-        if below and _HEAD.fullmatch(below[0]) and (place.local == "weight" or len(below) == 1):
+    for location, parameter in others:
+        below = location.words[shared:]
+        if below and _HEAD.fullmatch(below[0]) and (location.local == "weight" or len(below) == 1):
             at_top[below[0]] = parameter
     if at_top:
         return set(at_top.values())
-    shapes = {tuple(parameter.shape) for place, parameter in matrices if _is_of_tokens(place, parameter)}
-    weights = [(place, parameter) for place, parameter in others if place.local == "weight"]
-    fitting = [(place, parameter) for place, parameter in weights if tuple(parameter.shape) in shapes]
-    outside = [parameter for place, parameter in fitting if not any(part.isdigit() for part in place.path)]
-    last = [parameter for place, parameter in fitting if place is weights[-1][0]]
+    shapes = {tuple(parameter.shape) for location, parameter in matrices if _is_of_tokens(location, parameter)}
+    weights = [(location, parameter) for location, parameter in others if location.local == "weight"]
+    fitting = [(location, parameter) for location, parameter in weights if tuple(parameter.shape) in shapes]
+    outside = [parameter for location, parameter in fitting if not any(part.isdigit() for part in location.path)]
+    last = [parameter for location, parameter in fitting if location is weights[-1][0]]
     return set(outside[-1:] or last)
 
 
@@ -232,12 +232,12 @@ def _common_prefix(paths: Sequence[tuple[str, ...]]) -> int:
     return shared
 
 
-def _role(parameter: nn.Parameter, places: Sequence[Place], heads: Collection[nn.Parameter]) -> Role:
-    embedded = [_is_embedding(place, parameter) for place in places]
+def _role(parameter: nn.Parameter, locations: Sequence[ParameterLocation], heads: Collection[nn.Parameter]) -> Role:
+    embedded = [_is_embedding(location, parameter) for location in locations]
     if any(embedded):
         return "embedding" if all(embedded) else "tied"
-    place = places[0]
-    module, local = place.module, place.local
+    location = locations[0]
+    module, local = location.module, location.local
     if _is_norm(module):
         return "norm"
     if local != "weight" and _BIAS.search(local) and not _EMBEDDED.search(local):
@@ -248,16 +248,16 @@ def _role(parameter: nn.Parameter, places: Sequence[Place], heads: Collection[nn
         return "transposed_conv"
     if isinstance(module, nn.modules.conv._ConvNd) and local == "weight":
         return "conv" if module.groups == 1 else "grouped_conv"
-    num_sides, is_linear = _num_sides(parameter), _is_linear(place) and parameter.ndim == 2
+    num_sides, is_linear = _num_sides(parameter), _is_linear(location) and parameter.ndim == 2
     if num_sides < 2 and not is_linear:
         return "vector" if num_sides else "scalar"
     if parameter in heads:
         return "head"
     if parameter.ndim != 2:
         return "expert" if parameter.ndim == num_sides == 3 else "tensor"
-    if _is_fused(place, parameter):
+    if _is_fused(location, parameter):
         return "qkv"
-    if any(a == "experts" and b.isdigit() for a, b in pairwise(place.path)):
+    if any(a == "experts" and b.isdigit() for a, b in pairwise(location.path)):
         return "expert"
     return "linear" if is_linear else "matrix"
 
@@ -270,46 +270,48 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, _NORMS) or type(module).__name__.endswith("Norm")
 
 
-def _is_linear(place: Place) -> bool:
+def _is_linear(location: ParameterLocation) -> bool:
     """Also of classes of the user's own, such as ColumnParallelLinear."""
-    return place.local == "weight" and (isinstance(place.module, nn.Linear) or "Linear" in type(place.module).__name__)
+    return location.local == "weight" and (
+        isinstance(location.module, nn.Linear) or "Linear" in type(location.module).__name__
+    )
 
 
-def _is_embedding(place: Place, parameter: nn.Parameter) -> bool:
+def _is_embedding(location: ParameterLocation, parameter: nn.Parameter) -> bool:
     """By the class, then by the name of the module or of the bare parameter, if no class says otherwise."""
-    module = place.module
+    module = location.module
     if isinstance(module, _EMBEDDINGS):
         return True
-    is_known = _is_norm(module) or (place.local == "weight" and isinstance(module, nn.modules.conv._ConvNd))
-    if _num_sides(parameter) < 2 or is_known or _is_linear(place):
+    is_known = _is_norm(module) or (location.local == "weight" and isinstance(module, nn.modules.conv._ConvNd))
+    if _num_sides(parameter) < 2 or is_known or _is_linear(location):
         return False
-    if _is_embedding_class(place):
+    if _is_embedding_class(location):
         return True
-    is_table = _TABLE.fullmatch(place.noun) if place.local == "weight" else _EMBEDDED.search(place.noun)
-    return bool(is_table) and not _HEAD.fullmatch(place.noun)
+    is_table = _TABLE.fullmatch(location.noun) if location.local == "weight" else _EMBEDDED.search(location.noun)
+    return bool(is_table) and not _HEAD.fullmatch(location.noun)
 
 
-def _is_of_tokens(place: Place, parameter: nn.Parameter) -> bool:
+def _is_of_tokens(location: ParameterLocation, parameter: nn.Parameter) -> bool:
     """Of an embedding, whether its shape tells the head's: that of a square table of positions is any matrix's."""
-    if not _is_embedding(place, parameter) or _POSITIONS.search(place.noun):
+    if not _is_embedding(location, parameter) or _POSITIONS.search(location.noun):
         return False
-    return _is_embedding_class(place) or bool(_TOKENS.fullmatch(place.noun))
+    return _is_embedding_class(location) or bool(_TOKENS.fullmatch(location.noun))
 
 
-def _is_embedding_class(place: Place) -> bool:
-    is_named = place.local == "weight" and _EMBEDDING_CLASS.search(type(place.module).__name__)
-    return isinstance(place.module, _EMBEDDINGS) or bool(is_named)
+def _is_embedding_class(location: ParameterLocation) -> bool:
+    is_named = location.local == "weight" and _EMBEDDING_CLASS.search(type(location.module).__name__)
+    return isinstance(location.module, _EMBEDDINGS) or bool(is_named)
 
 
-def _is_fused(place: Place, parameter: nn.Parameter) -> bool:
+def _is_fused(location: ParameterLocation, parameter: nn.Parameter) -> bool:
     """in_proj means other things besides (state-space layers), and a list may hold q, k and v: there the shape says."""
-    if not _FUSED.fullmatch(place.noun):
+    if not _FUSED.fullmatch(location.noun):
         return False
-    is_sure = place.noun == place.words[-1] and place.noun.lower() != "in_proj"
-    return is_sure or _split(place, parameter) is not None
+    is_sure = location.noun == location.words[-1] and location.noun.lower() != "in_proj"
+    return is_sure or _split(location, parameter) is not None
 
 
-def _split(place: Place, parameter: nn.Parameter) -> tuple[int, ...] | None:
+def _split(location: ParameterLocation, parameter: nn.Parameter) -> tuple[int, ...] | None:
     """Rows of each matrix in one that is made of several, as far as its type and shape tell.
 
     Thirds if the rows are three times the columns, else heads may be grouped; none if a model of this name may order
@@ -317,11 +319,11 @@ def _split(place: Place, parameter: nn.Parameter) -> tuple[int, ...] | None:
     """
     rows, columns = parameter.shape
     for kinds, num_gates in _GATES.items():
-        if isinstance(place.module, kinds) and _GATED.match(place.local):
+        if isinstance(location.module, kinds) and _GATED.match(location.local):
             return (rows // num_gates,) * num_gates
-    if isinstance(place.module, nn.MultiheadAttention):
-        return (rows // 3,) * 3 if place.local == "in_proj_weight" else None
-    is_cut = _FUSED.fullmatch(place.noun) and not _BY_HEADS.fullmatch(place.noun) and rows == 3 * columns
+    if isinstance(location.module, nn.MultiheadAttention):
+        return (rows // 3,) * 3 if location.local == "in_proj_weight" else None
+    is_cut = _FUSED.fullmatch(location.noun) and not _BY_HEADS.fullmatch(location.noun) and rows == 3 * columns
     return (columns,) * 3 if is_cut else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer_hooks.optim.engine.norms import safe_rms
+from trainer_hooks.optim.engine.update import safe_rms
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-20, 1.0, 1e20, 1e30, 5e37])
