@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.optim.engine.merged_state import MergedStates
+from trainer_hooks.optim.engine.optimizer import OPTIMIZER_CLASS, BaseOptimizer, check_class
 from trainer_hooks.optim.engine.update import blocks_of, check_settings, chunks_of, refuse_sharded, state_block
 
 _BUFFERS = ("outer_slow", "outer_momentum")
@@ -269,9 +270,12 @@ class SNOO(torch.optim.Optimizer):
         The first checkpoints counted in groups, and had no interval: it is taken to be the present one.
 
         Raises:
-            InvalidInputError: it was saved between boundaries of another interval, or is not whole. Nothing is loaded.
+            InvalidInputError: it was saved between boundaries of another interval or around another optimizer, or is
+                not whole. Nothing is loaded.
         """
         self._check_not_swapped("load_state_dict")
+        if OPTIMIZER_CLASS in state_dict and not isinstance(self.inner, BaseOptimizer):  # which checks it itself
+            check_class(type(self.inner), state_dict)
         # Of a flat checkpoint torch gives an empty dict for what is not in it.
         outer = {
             number: {name: state[name] for name in (*_BUFFERS, *_COUNTS) if isinstance(state.get(name), Tensor)}

@@ -44,6 +44,8 @@ class Signum(BaseOptimizer):
         transfer_rule=TransferRule("adam"),
     )
 
+    _same_checkpoints: ClassVar[frozenset[str]] = frozenset(("SignSGD",))
+
     def __init__(
         self,
         params: Iterable[Any],

@@ -294,3 +294,57 @@ def test_a_checkpoint_that_counts_in_groups_goes_on_bit_for_bit(name: str, stop:
 def test_an_outer_optimizer_goes_around_no_other() -> None:
     with pytest.raises(InvalidInputError, match="and no outer one"):
         Lookahead(MAKERS["SNOO of AdamW"](Layer()))
+
+
+WRAPPERS: dict[str, Callable[[torch.optim.Optimizer], SNOO]] = {
+    "SNOO": lambda inner: SNOO(inner, interval=5),
+    "Lookahead": lambda inner: Lookahead(inner, interval=5),
+}
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_checkpoint_carries_the_class_of_the_inner_optimizer(name: str, stop: int) -> None:
+    wrap, grads = WRAPPERS[name], gradients(*SHAPE)
+    layer = Layer()
+    before = wrap(AdamW(layer.parameters(), lr=0.1))
+    run(before, layer.weight, grads[:stop])
+    saved = copy.deepcopy(before.state_dict())
+    assert saved["optimizer_class"] == before.consolidated_state_dict()["optimizer_class"] == "AdamW"
+    other = Layer(layer.weight)
+    after = wrap(AdamW(other.parameters(), lr=0.1))
+    after.load_state_dict(copy.deepcopy(saved))
+    assert torch.equal(run(after, other.weight, grads[stop:]), run(before, layer.weight, grads[stop:]))
+    del saved["optimizer_class"]
+    wrap(AdamW(Layer().parameters(), lr=0.1)).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("inner", [Muon, torch.optim.SGD])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_refuses_the_checkpoint_of_another_inner_optimizer(name: str, inner: Any) -> None:
+    layer, other = Layer(), Layer()
+    before = WRAPPERS[name](AdamW(layer.parameters(), lr=0.1))
+    run(before, layer.weight, gradients(*SHAPE)[:3])
+    after = WRAPPERS[name](inner(other.parameters(), lr=0.1))
+    run(after, other.weight, gradients(*SHAPE)[:2])
+    weights = copy.deepcopy(after.state_dict()["state"])
+    for saved in (before.state_dict(), before.inner.state_dict()):
+        with pytest.raises(InvalidInputError, match=f"written by AdamW, and {inner.__name__} cannot"):
+            after.load_state_dict(copy.deepcopy(saved))
+    assert after.num_steps == 2
+    kept = after.state_dict()["state"]
+    assert all(torch.equal(torch.as_tensor(kept[0][entry]), torch.as_tensor(weights[0][entry])) for entry in weights[0])
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_of_torchs_adamw_goes_on_from_ours_and_back(name: str) -> None:
+    ours, theirs = Layer(), Layer()
+    wrapped = [
+        WRAPPERS[name](AdamW(ours.parameters(), lr=0.1, weight_decay=0.0)),
+        WRAPPERS[name](torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.0)),
+    ]
+    run(wrapped[0], ours.weight, gradients(*SHAPE)[:3])
+    wrapped[1].load_state_dict(copy.deepcopy(wrapped[0].state_dict()))
+    assert wrapped[1].num_steps == 3
+    assert "optimizer_class" not in wrapped[1].state_dict(), "torch writes none"
+    wrapped[0].load_state_dict(copy.deepcopy(wrapped[1].state_dict()))

@@ -93,17 +93,81 @@ def test_a_checkpoint_goes_on_beside_parameters_of_another_dtype(
     assert follow(after, second, stream(6, 9, steps=4)[1:]).isfinite().all()
 
 
+@pytest.mark.parametrize("tagged", [True, False])
 @pytest.mark.parametrize(("saver", "loader"), [pair for pair in permutations(KINDS, 2) if pair != (SignSGD, Signum)])
-def test_another_optimizers_checkpoint_is_refused_and_changes_nothing(saver: Any, loader: Any) -> None:
-    """SignSGD is Signum with a momentum of 0, so Signum may take it."""
+def test_another_optimizers_checkpoint_is_refused_and_changes_nothing(saver: Any, loader: Any, tagged: bool) -> None:
+    """SignSGD is Signum with a momentum of 0, so Signum may take it, and only its momentum tells Signum's from it."""
     parameter = start(6, 9)
     before, after = saver([parameter]), loader([parameter])
     follow(before, parameter, stream(6, 9, steps=2))
     groups = copy.deepcopy(after.state_dict()["param_groups"])
-    with pytest.raises(InvalidInputError, match=f"not {loader.__name__}'s: its groups"):
-        after.load_state_dict(copy.deepcopy(before.state_dict()))
+    saved = copy.deepcopy(before.state_dict())
+    message = f"not {loader.__name__}'s: its groups"
+    if not tagged:
+        del saved["optimizer_class"]
+    elif (saver, loader) != (Signum, SignSGD):
+        message = f"written by {saver.__name__}, and {loader.__name__} cannot .*: load it into {saver.__name__}"
+    with pytest.raises(InvalidInputError, match=message):
+        after.load_state_dict(saved)
     assert after.state_dict()["param_groups"] == groups
     assert not after.state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_goes_on_with_and_without_its_class(kind: Any) -> None:
+    first, second, third = start(6, 9), start(6, 9), start(6, 9)
+    before, with_class, without_class = kind([first]), kind([second]), kind([third])
+    follow(before, first, stream(6, 9, steps=3))
+    saved = copy.deepcopy(before.state_dict())
+    assert saved["optimizer_class"] == kind.__name__
+    for after, parameter in ((with_class, second), (without_class, third)):
+        after.load_state_dict(copy.deepcopy(saved))
+        with torch.no_grad():
+            parameter.copy_(first)
+        saved.pop("optimizer_class", None)
+    expected = follow(before, first, stream(6, 9, steps=5)[3:])
+    assert torch.equal(follow(with_class, second, stream(6, 9, steps=5)[3:]), expected)
+    assert torch.equal(follow(without_class, third, stream(6, 9, steps=5)[3:]), expected)
+
+
+def test_a_checkpoint_with_its_class_may_hold_settings_that_are_not_known() -> None:
+    """As a later version may write them; by its settings alone it would be another optimizer's."""
+    before, after = Muon([start(6, 9)]), Muon([start(6, 9)])
+    saved = before.state_dict()
+    saved["param_groups"][0]["dampening"] = 0.5
+    after.load_state_dict(copy.deepcopy(saved))
+    assert after.param_groups[0]["dampening"] == 0.5
+    del saved["optimizer_class"]
+    with pytest.raises(InvalidInputError, match="not Muon's: its groups hold dampening"):
+        Muon([start(6, 9)]).load_state_dict(saved)
+
+
+class Logged(Muon):
+    """As users derive one."""
+
+
+def test_a_subclass_takes_the_checkpoints_of_its_base_and_not_the_other_way_round() -> None:
+    base, derived = Muon([start(6, 9)]), Logged([start(6, 9)])
+    derived.load_state_dict(copy.deepcopy(base.state_dict()))
+    saved = derived.state_dict()
+    with pytest.raises(InvalidInputError, match=r"written by Logged, and Muon .* remove 'optimizer_class' from"):
+        base.load_state_dict(copy.deepcopy(saved))
+    del saved["optimizer_class"]
+    base.load_state_dict(saved)
+
+
+def test_signum_and_signsgd_without_momentum_have_the_same_checkpoints() -> None:
+    still, sign = Signum([start(6, 9)], momentum=0.0), SignSGD([start(6, 9)])
+    sign.load_state_dict(copy.deepcopy(still.state_dict()))
+    still.load_state_dict(copy.deepcopy(sign.state_dict()))
+
+
+def test_torch_loads_a_checkpoint_with_its_class() -> None:
+    first, second = start(6, 9), start(6, 9)
+    before, after = AdamW([first]), torch.optim.AdamW([second])
+    follow(before, first, stream(6, 9, steps=2))
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert torch.equal(after.state[second]["exp_avg"], before.state[first]["exp_avg"])
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad])
