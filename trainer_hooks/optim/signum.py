@@ -17,6 +17,10 @@ from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
 class Signum(BaseOptimizer):
     """Sign of an exponential average of gradients.
 
+    Signum averages gradients and moves every entry of the weights by the same amount, up or down as the sign of its
+    average says. The size of a gradient does not matter, only its direction, entry by entry; a step is like one of
+    AdamW without its second moment.
+
         m <- beta m + (1 - beta) g        w <- w (1 - lr weight_decay) - lr sign(m)
 
     momentum=0 is SignSGD. sign(0) is 0, so an entry that never got a gradient never moves.
@@ -65,11 +69,13 @@ class Signum(BaseOptimizer):
 
     def _step(self) -> None:
         for group in self.param_groups:
+            # Entry by entry, so every rank steps the blocks that it holds.
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             directions = self._averaged(parameters, group)
             descend(blocks_of(parameters), list(torch._foreach_sign(directions)) if directions else [], group)
 
     def _averaged(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Return the averages with this step's gradients in them, or the gradients where there is no momentum."""
         grads = [gradient_of(parameter, group) for parameter in parameters]
         if not group["momentum"] or not parameters:
             return grads
@@ -79,7 +85,10 @@ class Signum(BaseOptimizer):
 
 
 class SignSGD(Signum):
-    """Sign of the gradient.
+    """Sign of the gradient, without any state.
+
+    SignSGD moves every entry of the weights by the same amount, up or down as the sign of its gradient says. It is
+    Signum without the average, and so the noisiest of its kind.
 
         w <- w (1 - lr weight_decay) - lr sign(g)
 
@@ -108,6 +117,7 @@ class SignSGD(Signum):
         super().__init__(params, lr, momentum=0.0, weight_decay=weight_decay, decay=decay, maximize=maximize)
 
     def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        """Refuse also Signum's checkpoints with a momentum."""
         super()._check_checkpoint(state_dict)
         momenta = [group["momentum"] for group in state_dict["param_groups"]]
         if any(momenta):

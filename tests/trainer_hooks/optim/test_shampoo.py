@@ -278,7 +278,7 @@ def test_it_keeps_to_the_rules_of_the_house() -> None:
         ({"method": "svd"}, "there are eigh, newton"),
         ({"method": "newton", "epsilon": 0.0}, "pass 1e-6"),
         ({"factors": "kl", "exponent": 0.5, "update_bias_correction": True}, "leave one"),
-        ({"method": "newton", "update_bias_correction": True}, "which method='newton' does not know"),
+        ({"method": "newton", "update_bias_correction": True}, "which method='newton' does not compute"),
         ({"grafting": "none", "start_preconditioning_step": 5}, "start at 1, or graft"),
         ({"precondition_frequency": 0}, "whole numbers from 1"),
         ({"max_preconditioner_dim": 1.5}, "whole numbers from 1"),

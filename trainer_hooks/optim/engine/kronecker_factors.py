@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gns_controller.core.errors import InvalidInputError
@@ -18,6 +17,7 @@ from trainer_hooks.kernels.inverse_roots import eigenvalues_and_basis
 from trainer_hooks.kernels.symmetric import gram, in_blocks
 from trainer_hooks.optim.engine.matrices import MatrixState
 from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
+from trainer_hooks.optim.engine.options import FactorOptions, MatrixOptions
 from trainer_hooks.optim.engine.update import check_settings, safe_rms
 
 _DECOMPOSITION = 10.0
@@ -30,12 +30,11 @@ class FactoredOptimizer(MatrixOptimizer):
     Groups carry precondition_frequency and max_preconditioner_dim, and start_preconditioning_step if they use is_due.
     """
 
+    _allowed_options: ClassVar[type[MatrixOptions]] = FactorOptions
     owns_state: ClassVar[bool] = True
 
-    def __init__(
-        self, params: Iterable[Any], defaults: dict[str, Any], *, process_group: dist.ProcessGroup | None = None
-    ) -> None:
-        super().__init__(params, {**defaults, "refresh_due": False}, process_group=process_group)
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], options: MatrixOptions) -> None:
+        super().__init__(params, {**defaults, "refresh_due": False}, options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

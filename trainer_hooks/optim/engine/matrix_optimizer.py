@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -24,6 +23,7 @@ from trainer_hooks.kernels.spectral_norm import power_iterations, spectrally_nor
 from trainer_hooks.optim.engine.exchange import Exchange, layout_key
 from trainer_hooks.optim.engine.matrices import CUTS, OWNED, MatrixState, is_of_owner, lacks_matrices, matrices_of
 from trainer_hooks.optim.engine.optimizer import BaseOptimizer
+from trainer_hooks.optim.engine.options import DecayOptions, MatrixOptions, settings_of
 from trainer_hooks.optim.engine.update import blocks_of, descend, gradient_of, refuse_sharded
 
 _MAX_BATCH_NUMEL = 2**25
@@ -50,26 +50,27 @@ class MatrixOptimizer(BaseOptimizer):
     Args:
         params: parameters or groups. A group may say split_sizes, num_heads and batched (see matrices_of), and where
             owners keep state spectral_normalization: updates then have spectral norm (M / N)^(1/2), whatever the width.
-        defaults: lr, weight_decay, decay, cautious, maximize and the optimizer's own settings.
-        process_group: ranks that hold copies of the same plain parameters (DDP), between which the work is divided.
-            None: every rank does all of it. DTensors (FSDP2, HSDP) need nothing: their mesh says who holds what.
+        defaults: lr, weight_decay and the optimizer's own settings.
+        options: see MatrixOptions. Without process_group every rank does all of the work; DTensors (FSDP2, HSDP) need
+            none, because their mesh has the ranks that hold blocks.
 
     Raises:
-        GeometryError: a parameter is no matrix.
+        GeometryError: a parameter is not a matrix.
         InvalidInputError: a setting out of range.
+        TypeError: an option that does not exist.
     """
 
+    _allowed_options: ClassVar[type[MatrixOptions]] = DecayOptions
     _not_copied: ClassVar[tuple[str, ...]] = ("_exchanges", "_process_group")
     owns_state: ClassVar[bool] = False
     """Whether owners keep state of matrices. Its checkpoints then need every rank: see consolidated_state_dict."""
 
-    def __init__(
-        self, params: Iterable[Any], defaults: dict[str, Any], *, process_group: dist.ProcessGroup | None = None
-    ) -> None:
-        self._process_group = process_group
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], options: MatrixOptions) -> None:
+        settings = settings_of(type(self), options, allowed=self._allowed_options)
+        self._process_group = options.get("process_group")
         self._exchanges: list[tuple[Exchange, list[_Member]]] = []
         self._unchecked = False
-        defaults = {"split_sizes": None, "num_heads": None, "batched": False, **defaults}
+        defaults = {"split_sizes": None, "num_heads": None, "batched": False, **settings, **defaults}
         super().__init__(params, defaults)
 
     @property

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from gns_controller.core.errors import GeometryError, InvalidInputError
+from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
 from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule, facts_of_class
 
 
@@ -82,8 +83,10 @@ class OptimizerBuilder:
         Raises:
             InvalidInputError: a process group was given, and the class divides no work.
         """
-        shared: dict[str, Any] = {} if self.process_group is None else {"process_group": self.process_group}
-        if not shared.keys() <= inspect.signature(self.optimizer_class).parameters.keys():
-            raise InvalidInputError(f"{self.name} divides no work between ranks; leave out process_group.")
         groups = [{"params": parameters, **dict(keys)} for keys, parameters in self.param_groups.items()]
-        return self.optimizer_class(groups, **self.options, **shared)
+        if self.process_group is None:
+            return self.optimizer_class(groups, **self.options)
+        takes_group = "process_group" in inspect.signature(self.optimizer_class).parameters
+        if not takes_group and not issubclass(self.optimizer_class, MatrixOptimizer):
+            raise InvalidInputError(f"{self.name} divides no work between ranks; leave out process_group.")
+        return self.optimizer_class(groups, **self.options, process_group=self.process_group)  # type: ignore[call-arg]
