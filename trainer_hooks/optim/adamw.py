@@ -124,6 +124,7 @@ class AdamW(HalvesMixin, BaseOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        # Settings in range, then parameters for which they work.
         kind = type(self).__name__
         beta1, beta2 = group["betas"]
         check_settings(kind, beta1=(beta1, 0, 1), beta2=(beta2, 0, 1), eps=(group["eps"], 0, float("inf")))
@@ -158,6 +159,7 @@ class _Moments:
         self._eps = group["eps"]
         self._firsts = [state_block(state, "exp_avg", p) for state, p in zip(states, parameters, strict=True)]
         self._seconds = [state_block(state, "exp_avg_sq", p) for state, p in zip(states, parameters, strict=True)]
+        # Corrections of the averages for their first steps, one per parameter: 1 - beta1^t and (1 - beta2^t)^(1/2).
         counts = [state.setdefault("step", torch.tensor(0.0)).add_(1) for state in states]
         self._weights1 = [1 - self._beta1 ** float(count) for count in counts]
         self._roots2 = [(1 - self._beta2 ** float(count)) ** 0.5 for count in counts]

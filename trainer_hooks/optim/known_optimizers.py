@@ -25,7 +25,7 @@ RuleName = Literal["adam", "grafted_shampoo", "muon", "shampoo", "soap", "sgd", 
 
 @dataclass(frozen=True)
 class TransferRule:
-    """What decides how an optimizer's settings follow the size of a model."""
+    """Properties of an optimizer by which its settings follow the size of a model."""
 
     name: RuleName
     """adam stands for every optimizer with entries of size 1, signs too; spectral for updates whose spectral norm is
@@ -42,7 +42,7 @@ class TransferRule:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerFacts:
-    """What the hooks and the parameter groups must be told of an optimizer class: one row of the table.
+    """One row of the table: properties of an optimizer class that hooks and parameter groups depend on.
 
     The defaults are those of an optimizer that is not in the table.
     """
@@ -50,36 +50,36 @@ class OptimizerFacts:
     geometry: Geometry | None = None
     """Norm that it descends in; None: none of the three, or not known."""
     learning_rate_coupling: LearningRateCoupling | None = None
-    """How its learning rate follows the batch by default: sqrt where steps do not grow with the gradient. None: no rule
-    is known to be sound."""
+    """Default rule by which the learning rate follows the batch: sqrt where steps do not grow with the gradient. None:
+    no rule is known to be sound."""
     no_coupling_because: str = "there is no optimizer of that name in the table of known optimizers"
     """Reason for the message if learning_rate_coupling is None."""
     averaged_settings: tuple[str, ...] = BETA_SETTINGS
     """Group settings that are weights of the past in exponential averages: those that follow a batch on request. An
     optimizer's own `averages` come first."""
     declares_averages: bool = False
-    """Whether averaged_settings are the optimizer's own `averages`, so that any other momentum is to stay as it is."""
+    """True if averaged_settings are the optimizer's own `averages`, so that any other momentum stays as it is."""
     momentum: Literal["average", "sum", "none"] | None = None
     """Form of the momentum, m <- beta m + (1 - beta) g or m <- mu m + g; None: not known."""
     momentum_key: str | None = None
     """Entry of a parameter's state that holds m; None: m is not laid out like the gradient, or not made of gradients
     alone."""
     nesterov: bool = False
-    """Whether it looks ahead along the momentum where no setting `nesterov` says it."""
+    """True if it looks ahead along the momentum in groups without a setting `nesterov`."""
     transfer_rule: TransferRule | None = None
-    """How its learning rate follows the width; None: no rule is known."""
+    """Rule by which its settings follow the width; None: no rule is known."""
     update_scale: Scale = "none"
     """Factor on its orthogonal updates."""
     normalizes_rows: bool = False
-    """Whether entries of a row or column are divided by their common size, although the geometry is sign."""
+    """True if entries of a row or column are divided by their common size, although the geometry is sign."""
     decay_follows_width: bool = True
-    """Whether a weight decay that was tuned on a small model is another one in a wide model."""
+    """True if a weight decay that was tuned on a small model has to be another one in a wide model."""
     by_settings: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     """Settings of a group -> fields above that are others there. None: settings change nothing."""
 
     @property
     def is_elementwise(self) -> bool:
-        """Whether every entry is stepped by itself, so that it does not matter which matrices a parameter holds."""
+        """True if every entry is stepped by itself, so that it does not matter which matrices a parameter holds."""
         return self.geometry in ("sign", "euclidean") and not self.normalizes_rows
 
     def with_settings(self, settings: Mapping[str, Any]) -> OptimizerFacts:
@@ -92,10 +92,11 @@ def facts_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any] | None =
 
     Args:
         optimizer: of any class, or a wrapper around it.
-        group: the param group; None: only what holds for all of them is asked for.
+        group: the param group; None: the row without what settings change.
     """
     optimizer = innermost(optimizer)
     facts = facts_of_class(type(optimizer))
+    # Averages that the optimizer names itself come before those of its class.
     if isinstance(optimizer, NamesAverages):
         facts = replace(facts, averaged_settings=tuple(optimizer.averages), declares_averages=True)
     return facts if group is None else facts.with_settings(group)
@@ -113,14 +114,14 @@ def facts_named(class_name: str) -> OptimizerFacts:
 
 
 def _muon_groups(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Muon classes that take all parameters step some groups with AdamW, and name them by use_muon or algorithm."""
+    """Return the fields of groups that Muon classes step with AdamW, as use_muon=False or algorithm names them."""
     if settings.get("use_muon") is False or settings.get("algorithm") in ("adamw", "lion"):
         return {"geometry": "sign", "momentum_key": "exp_avg", "nesterov": False, "transfer_rule": None}
     return {}
 
 
 def _torch_muon(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """torch's Muon names the scale of its updates in adjust_lr_fn."""
+    """Return the scale of the updates of torch's Muon, which is called adjust_lr_fn there."""
     scale: Scale = "none"
     if "adjust_lr_fn" in settings:
         scale = "rms_match" if settings["adjust_lr_fn"] == "match_rms_adamw" else "shape"
@@ -128,17 +129,17 @@ def _torch_muon(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _published_scion(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Groups of the published Scion descend in the norms that they name; Auto is spectral for matrices."""
+    """Return the geometry of a norm of the published Scion; Auto is spectral for matrices."""
     return {} if settings.get("norm", "Auto") in ("Auto", "Spectral", "SpectralConv") else {"geometry": "sign"}
 
 
 def _in_blocks(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """DistributedShampoo cuts matrices into blocks."""
+    """Return a transfer rule that counts the blocks of a matrix, which DistributedShampoo cuts."""
     return {"transfer_rule": TransferRule("shampoo", block_size=settings.get("max_preconditioner_dim"))}
 
 
 def _torch_sgd(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """SGD's momentum is a sum, of which dampening=momentum makes an average: then both settings are its weight."""
+    """Return both settings of SGD's momentum, a sum, if dampening=momentum makes an average of it."""
     is_average = settings.get("momentum") and settings.get("dampening") == settings["momentum"]
     return {"averaged_settings": ("momentum", "dampening")} if is_average else {}
 
@@ -211,6 +212,6 @@ KNOWN: dict[str, OptimizerFacts] = {
     "DAdaptLion": _FINDS_ITS_OWN_RATE,
     "DAdaptSGD": _FINDS_ITS_OWN_RATE,
 }
-"""Class name -> row, for classes that do not carry one. Where two packages use one name, settings tell them apart."""
+"""Class name -> row, for classes that do not carry one. Packages that use one name differ in their settings."""
 
 _BY_LOWER_NAME = {class_name.lower(): facts for class_name, facts in KNOWN.items()}

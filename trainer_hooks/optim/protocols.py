@@ -33,7 +33,7 @@ class OuterOptimizer(Protocol):
 
     @property
     def at_boundary(self) -> bool:
-        """Whether an outer step has just been taken, so that the batch may change now."""
+        """True if an outer step has just been taken, so that the batch may change now."""
         ...
 
     @property
@@ -59,7 +59,7 @@ class UsesHalves(Protocol):
 
     @property
     def wants_halves(self) -> bool:
-        """Whether the next step has a use for supply_halves."""
+        """True if the next step has a use for supply_halves."""
         ...
 
     def supply_halves(self, differences: Mapping[Tensor, Tensor]) -> None:
@@ -67,7 +67,7 @@ class UsesHalves(Protocol):
 
         Args:
             differences: parameter -> this rank's block of (g_A - g_B) / 2, scaled and averaged as the gradient is.
-                Empty after a step that was skipped: what was supplied for it must not reach the next.
+                Empty after a skipped step, whose differences must not reach the next one.
         """
         ...
 
@@ -125,6 +125,7 @@ def boundary_interval(optimizers: Sequence[torch.optim.Optimizer]) -> int:
     Raises:
         InvalidInputError: several intervals, and the longest is not a multiple of the others.
     """
+    # All outer steps coincide at the least common multiple of their intervals.
     outer_optimizers = _outer_optimizers(optimizers)
     intervals = [int(outer.interval) for _, outer in outer_optimizers]
     common = math.lcm(*intervals)
@@ -146,6 +147,7 @@ def check_boundaries(optimizers: Sequence[torch.optim.Optimizer], *, optimizer_s
     Raises:
         InvalidInputError: an outer optimizer has counted other steps since its last boundary than the run.
     """
+    # Counts differ where an outer optimizer is new to a run in progress, or comes from another checkpoint.
     for optimizer, outer in _outer_optimizers(optimizers):
         if outer.num_steps != optimizer_step % outer.interval:
             raise InvalidInputError(
@@ -164,6 +166,7 @@ def count_skipped_steps(optimizers: Sequence[torch.optim.Optimizer], *, optimize
         InvalidInputError: such an optimizer cannot count it.
     """
     for optimizer, outer in _outer_optimizers(optimizers):
+        # One behind the run: the scaler did not call step().
         if (optimizer_step - outer.num_steps) % outer.interval == 1:
             if not isinstance(optimizer, CountsSkippedSteps):
                 raise InvalidInputError(
@@ -176,10 +179,10 @@ def count_skipped_steps(optimizers: Sequence[torch.optim.Optimizer], *, optimize
 def _outer_optimizers(
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> list[tuple[torch.optim.Optimizer, OuterOptimizer]]:
-    """Outer optimizers, each as the optimizer that it is and as what the functions above use of it.
+    """Return outer optimizers, each as the optimizer that it is and by its ability.
 
     Raises:
-        InvalidInputError: an optimizer has boundaries and does not say when they come.
+        InvalidInputError: an optimizer has boundaries, and no interval or count of steps between them.
     """
     pairs: list[tuple[torch.optim.Optimizer, OuterOptimizer]] = []
     for optimizer in optimizers:

@@ -132,6 +132,7 @@ class Scion(MatrixOptimizer):
         norm = group["norm"]
         if norm not in get_args(Norm):
             raise InvalidInputError(f"Scion has no norm={norm!r}; there are {', '.join(get_args(Norm))}.")
+        # Signs are for anything, bias_rms for vectors alone, the others for matrices.
         is_vector = parameter.ndim < 2
         if norm != "sign" and is_vector != (norm == "bias_rms"):
             fitting = "'bias_rms' or 'sign'" if is_vector else "'spectral', 'sign', 'row' or 'column'"
@@ -153,6 +154,7 @@ class Scion(MatrixOptimizer):
             self._apply(parameters, [update.mul_(group["scale"]) for update in updates], group)
 
     def _needs_whole(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        # Singular values and columns cross the blocks of a sharded matrix; signs and rows that are not cut do not.
         norm = group["norm"]
         if norm in ("spectral", "column"):
             return True

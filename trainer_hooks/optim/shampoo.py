@@ -187,6 +187,7 @@ class Shampoo(HalvesMixin, FactoredOptimizer):
         Every rank reaches every exchange: all were supplied for the same parameters, and those without a difference
         send zeros.
         """
+        # Without halves on any rank there is no exchange to reach.
         halves = self._take_halves()
         for exchange, members in self._divided() if halves else ():
             blocks = blocks_of([member.parameter for member in members])
@@ -257,7 +258,7 @@ def _observe(grads_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, 
         accumulate_grams(left, grads_BMN, beta2)
         accumulate_grams(right, grads_BMN.mT, beta2)
         return
-    # KL-Shampoo: half of the other side's whitening on either side of the product, which is the whole of it.
+    # KL-Shampoo: the gradient times the other side's root, whose Gram matrix holds the inverse R'^-1 or L'^-1.
     accumulate_grams(left, grads_BMN @ stack_buffers(states, "right_root"), beta2, scale=1 / columns)
     accumulate_grams(right, grads_BMN.mT @ stack_buffers(states, "left_root"), beta2, scale=1 / rows)
 
@@ -274,6 +275,7 @@ def _refresh(
     halves: tuple[Tensor, Tensor] | None, states: Sequence[MatrixState], group: dict[str, Any], step: int
 ) -> None:
     """Compute the inverse roots of both factors; a root that is not finite leaves the old one in place."""
+    # Averages over the sum of their weights; half B's Gram matrix has this weight in them.
     beta2 = group["betas"][1]
     weights = bias_correction(beta2, step)
     damping = {"exponent": group["exponent"], "epsilon": group["epsilon"], "relative": group["relative_epsilon"]}

@@ -17,9 +17,9 @@ from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
 class Signum(BaseOptimizer):
     """Sign of an exponential average of gradients.
 
-    Signum averages gradients and moves every entry of the weights by the same amount, up or down as the sign of its
-    average says. The size of a gradient does not matter, only its direction, entry by entry; a step is like one of
-    AdamW without its second moment.
+    Signum averages gradients and moves every entry of the weights by the same amount, against the sign of its average.
+    The size of a gradient does not matter, only its direction, entry by entry: a step is like one of AdamW where
+    gradients are steady.
 
         m <- beta m + (1 - beta) g        w <- w (1 - lr weight_decay) - lr sign(m)
 
@@ -75,7 +75,7 @@ class Signum(BaseOptimizer):
             descend(blocks_of(parameters), list(torch._foreach_sign(directions)) if directions else [], group)
 
     def _averaged(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Return the averages with this step's gradients in them, or the gradients where there is no momentum."""
+        """Return the averages with this step's gradients in them, or the gradients themselves without momentum."""
         grads = [gradient_of(parameter, group) for parameter in parameters]
         if not group["momentum"] or not parameters:
             return grads
@@ -87,8 +87,8 @@ class Signum(BaseOptimizer):
 class SignSGD(Signum):
     """Sign of the gradient, without any state.
 
-    SignSGD moves every entry of the weights by the same amount, up or down as the sign of its gradient says. It is
-    Signum without the average, and so the noisiest of its kind.
+    SignSGD moves every entry of the weights by the same amount, against the sign of its gradient. It is Signum without
+    the average.
 
         w <- w (1 - lr weight_decay) - lr sign(g)
 

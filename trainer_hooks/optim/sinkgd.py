@@ -28,7 +28,7 @@ class SinkGD(MatrixOptimizer):
 
     SinkGD divides every row of a gradient by its root mean square, then every column, and repeats that a few times.
     What is left has rows and columns of equal size, so that no output and no input of a layer moves more than another.
-    There is no momentum and no second moment: it needs as little memory as plain gradient descent.
+    It keeps neither momentum nor second moments, and so needs as little memory as plain gradient descent.
 
         X = G;  rounds times:  X_i. <- N^(1/2) X_i. / ||X_i.||;   X_.j <- M^(1/2) X_.j / ||X_.j||
         w <- w (1 - lr weight_decay) - lr X

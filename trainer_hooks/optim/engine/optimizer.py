@@ -1,4 +1,4 @@
-"""The outside of a step, the same for every optimizer here: the closure, then the optimizer's own work. And copies."""
+"""Base of every optimizer here: the closure around a step, copies, and checkpoints that name their class."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _SHARED_SETTINGS = {"decay", "cautious", "maximize", "spectral_normalization", "
 
 
 class BaseOptimizer(torch.optim.Optimizer):
-    """Base of optimizers: step() evaluates the closure and calls _step.
+    """Base of optimizers, whose step() evaluates the closure and calls _step.
 
     copy.deepcopy and pickle take settings, state and what the constructor was given, but no hooks and no process group:
     a copy does all of the work by itself.
@@ -61,7 +61,8 @@ class BaseOptimizer(torch.optim.Optimizer):
         return self.facts.averaged_settings
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy is made of; torch's own keeps no attribute of a subclass."""
+        """Return what a copy is made of; torch's own keeps no attribute of a subclass."""
+        # Torch's hooks and patches belong to this object, and _not_copied to its place in a process group.
         left_out = {"step"} | {name for kind in type(self).__mro__ for name in vars(kind).get("_not_copied", ())}
         own = {
             name: value
@@ -71,7 +72,8 @@ class BaseOptimizer(torch.optim.Optimizer):
         return own | super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a copy's or a checkpoint's; what groups of older checkpoints lack stays as it was built."""
+        """Take the state of a copy or a checkpoint; settings that groups of older ones lack stay as they were built."""
+        # Older groups lack settings that came later; torch's method replaces the groups that were built.
         built = vars(self).get("param_groups", [])
         super().__setstate__(state)
         for group, own in zip(self.param_groups, built, strict=False):
@@ -100,6 +102,7 @@ class BaseOptimizer(torch.optim.Optimizer):
 
     def _check_settings(self, state_dict: dict[str, Any]) -> None:
         """Refuse groups with another optimizer's setting that none here has, or without one of this one's own."""
+        # Settings that may be there, and those that must be.
         known = {name for group in self.param_groups for name in group} | _FOREIGN_SETTINGS | self._torch_settings
         own = self.defaults.keys() - _SHARED_SETTINGS - _FOREIGN_SETTINGS - set(CUTS)
         for group in state_dict["param_groups"]:
@@ -133,7 +136,7 @@ class BaseOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; parameters without gradient are left alone. Every rank that holds the parameters calls it."""
+        """Take one step; parameters without gradient are left alone. Every rank that holds the parameters calls it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

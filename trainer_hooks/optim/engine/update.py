@@ -1,4 +1,4 @@
-"""What every optimizer here does around its own rule: settings in range, gradients with their sign, weight decay."""
+"""Parts of a step that every optimizer here has around its own rule: checks, gradients, buffers, decay, descent."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def check_decay(kind: str, decay: str) -> None:
     """Refuse a decay that does not exist.
 
     Raises:
-        InvalidInputError: there is no such decay.
+        InvalidInputError: the decay does not exist.
     """
     if decay not in get_args(Decay):
         raise InvalidInputError(f"{kind} has no decay={decay!r}; there are {', '.join(get_args(Decay))}.")
 
 
 def gradient_of(parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """This rank's block of the direction of ascent: the gradient, negated if the group maximizes.
+    """Return this rank's block of the direction of ascent: the gradient, negated if the group maximizes.
 
     Raises:
         InvalidInputError: the gradient is sparse.
@@ -59,19 +59,19 @@ def gradient_of(parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
 
 
 def blocks_of(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's blocks, which share memory with the parameters."""
+    """Return this rank's blocks, which share memory with the parameters."""
     return [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
 
 
 def chunks_of(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The parameters in lists of one device and dtype, plain ones and DTensors together, of bounded size."""
+    """Yield the parameters in lists of one device and dtype, plain ones and DTensors together, of bounded size."""
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for parameter in parameters:
         alike.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-    for found in alike.values():
+    for same_dtype in alike.values():
         chunk: list[Tensor] = []
         numel = 0
-        for parameter in found:
+        for parameter in same_dtype:
             chunk.append(parameter)
             numel += (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
             if numel >= _CHUNK_NUMEL:
@@ -82,7 +82,7 @@ def chunks_of(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def state_block(state: dict[str, Any], name: str, parameter: Tensor) -> Tensor:
-    """This rank's block of a buffer laid out like its parameter, made of zeros when first asked for."""
+    """Return this rank's block of a buffer laid out like its parameter, made of zeros if there is none yet."""
     if name not in state:
         state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     buffer: Tensor = state[name]
@@ -104,7 +104,7 @@ def remember_peak(group: dict[str, Any]) -> None:
 
 
 def descend(blocks: Sequence[Tensor], updates: Sequence[Tensor], group: Mapping[str, Any]) -> None:
-    """Decay, then step, in place.
+    """Decay the weights, then step, in place.
 
         w <- w (1 - d weight_decay) - lr u          cautious: entries where w u < 0 are not decayed
 
@@ -115,6 +115,7 @@ def descend(blocks: Sequence[Tensor], updates: Sequence[Tensor], group: Mapping[
     """
     if not blocks:
         return
+    # Weight decay, of all entries or (cautious) of those that the update moves towards zero.
     rate = group["lr"]
     scale = rate
     if group["decay"] == "independent":
@@ -125,11 +126,12 @@ def descend(blocks: Sequence[Tensor], updates: Sequence[Tensor], group: Mapping[
             block.sub_(torch.where(block * update >= 0, shrinkage * block, 0))
     elif shrinkage:
         torch._foreach_mul_(list(blocks), 1 - shrinkage)
+    # The step itself.
     torch._foreach_add_(list(blocks), list(updates), alpha=-rate)
 
 
 def safe_rms(tensor: Tensor, *, dim: int | tuple[int, ...]) -> Tensor:
-    """Root mean square along dims, also where squares would overflow or vanish.
+    """Compute the root mean square along dims, also where squares would overflow or vanish.
 
         s (mean (x / s)^2)^(1/2)        s = max |x|
 
@@ -146,15 +148,16 @@ def safe_rms(tensor: Tensor, *, dim: int | tuple[int, ...]) -> Tensor:
     entries = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     if not entries.numel():
         return entries.sum(dim, keepdim=True)
+    # Entries over the largest one, whose squares are between 0 and 1.
     largest = entries.abs().amax(dim, keepdim=True)
     scaled = entries / torch.where(largest == 0, 1, largest)
     norm = torch.linalg.vector_norm(scaled, dim=dim, keepdim=True)
-    found: Tensor = largest * (norm / math.sqrt(entries.numel() / norm.numel()))
-    return found
+    rms: Tensor = largest * (norm / math.sqrt(entries.numel() / norm.numel()))
+    return rms
 
 
 def refuse_sharded(parameters: Sequence[Tensor]) -> None:
-    """For state that is to be one file.
+    """Refuse sharded parameters where state is to be one file.
 
     Raises:
         InvalidInputError: a parameter is sharded.

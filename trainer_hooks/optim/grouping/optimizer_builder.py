@@ -25,7 +25,7 @@ class OptimizerBuilder:
     """Keyword arguments of the class, as the caller gave them."""
     process_group: dist.ProcessGroup | None = None
     settings: dict[str, Any] = field(init=False)
-    """The options and the defaults of the class: what a group has unless it says otherwise."""
+    """The options and the defaults of the class: settings of a group that has none of its own."""
     param_groups: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = field(default_factory=dict)
     """Settings in which a group differs -> its parameters."""
 
@@ -48,7 +48,7 @@ class OptimizerBuilder:
 
     @property
     def splits(self) -> bool:
-        """Whether groups can say which matrices a fused projection, heads and stacks hold."""
+        """True if groups have settings for the matrices of fused projections, heads and stacks."""
         return "split_sizes" in self.settings
 
     def rule(self, rules: Mapping[str, TransferRule]) -> TransferRule:
@@ -83,6 +83,7 @@ class OptimizerBuilder:
         Raises:
             InvalidInputError: a process group was given, and the class divides no work.
         """
+        # One param group per set of settings; the process group goes to optimizers that divide work.
         groups = [{"params": parameters, **dict(keys)} for keys, parameters in self.param_groups.items()]
         if self.process_group is None:
             return self.optimizer_class(groups, **self.options)

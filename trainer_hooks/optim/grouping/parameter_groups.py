@@ -1,4 +1,4 @@
-"""From a model to its optimizers in one call: hidden matrices to one, the rest to another, each parameter once."""
+"""Optimizers of a model in one call: hidden matrices to one, the rest to another, each parameter once."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ NO_DECAY: tuple[Role, ...] = ("norm", "bias", "vector", "scalar")
 
 @dataclass(frozen=True)
 class GroupedParameter:
-    """What became of one parameter."""
+    """Optimizer and settings that one parameter got."""
 
     name: str
     shape: tuple[int, ...]
     role: Role
     optimizer: str | None
-    """Class name; None: frozen."""
+    """Class name of its optimizer; None: frozen."""
     geometry: Geometry | None
-    """In which the optimizer descends; None: not known, or frozen."""
+    """Norm in which the optimizer descends; None: not known, or frozen."""
     num_matrices: int
-    """That are orthogonalized or preconditioned one by one."""
+    """Matrices in it that are orthogonalized or preconditioned one by one."""
     update_scale: str
     """The factor on an orthogonalized update, and how it comes about; "-" without one."""
     learning_rate: float | None
@@ -66,16 +66,18 @@ class ParameterGroups:
     """A model's optimizers and the account of them."""
 
     optimizers: tuple[torch.optim.Optimizer, ...]
-    """For `AdaptiveBatch.attach`; that of the hidden matrices first."""
+    """Optimizers for `AdaptiveBatch.attach`; that of the hidden matrices first."""
     groups: tuple[GroupedParameter, ...]
 
     def explain(self, *, fold: bool = False) -> str:
         """A table with a line per parameter; with fold, one per stack of layers that are treated alike."""
+        # Parameters that are treated alike, under one name if folded.
         lines = [("name", "shape", "role", "optimizer", "geometry", "update scale", "rate", "decay")]
         alike: dict[tuple[str, GroupedParameter], list[str]] = {}
         for row in self.groups:
-            place = numbered(row.name)[0] if fold else row.name
-            alike.setdefault((place, replace(row, name="")), []).append(row.name)
+            pattern = numbered(row.name)[0] if fold else row.name
+            alike.setdefault((pattern, replace(row, name="")), []).append(row.name)
+        # A line of cells for each, then columns of equal width.
         for name, row in ((name, row) for (_, row), names in alike.items() for name in folded_names(names)):
             shape = " x ".join(map(str, row.shape)) or "()"
             if row.optimizer is None:
@@ -123,14 +125,14 @@ def parameter_groups(
         fallback_options: its settings.
         head: optimizer of the output layer, with settings; default: the fallback.
         embedding: optimizer of embeddings and tied weights, with settings; default: the fallback.
-        roles: regular expression -> role, or the optimizer that shall have it. The first one found in a name counts.
+        roles: regular expression -> role, or the optimizer that takes it. The first one found in a name counts.
         fused: regular expression -> rows of each fused matrix, as (q_rows, k_rows, v_rows), one after the other. Needed
             where heads are grouped; equal thirds are found.
         num_heads: regular expression -> number of (query) heads that are orthogonalized one by one.
         no_decay: roles without weight decay.
         base_shapes: shapes of the model that the settings were tuned on, or that model: learning rates, weight decay
             and epsilons are then carried over to this one.
-        transfer: class name -> rule, for optimizers that have none here, or to overrule what we know.
+        transfer: class name -> rule, for optimizers that have none here, or to overrule the table.
         process_group: ranks that hold copies of plain parameters (DDP), between which `hidden` divides its work.
 
     Raises:
@@ -138,6 +140,7 @@ def parameter_groups(
             known, or no rule carries an optimizer's settings over.
         GeometryError: a parameter that its optimizer cannot take.
     """
+    # Optimizers by what they are for, and the role of every parameter.
     choices: dict[str, Any] = {"hidden": (hidden, hidden_options), "head": head, "embedding": embedding}
     choices["fallback"] = (fallback, fallback_options)
     _check_choices(model, choices)
@@ -150,11 +153,13 @@ def parameter_groups(
     builders["hidden"].process_group = process_group
     _check_arguments(rows, builders, splits={"fused": fused, "num_heads": num_heads})
     if transfer is not None and base_shapes is None:
-        raise InvalidInputError("transfer= says how settings follow the width; it needs base_shapes= to start from.")
+        raise InvalidInputError("transfer= is how settings follow the width; it needs base_shapes= to start from.")
+    # Counterparts in the model where settings were tuned.
     bases: dict[str, BaseOfParameter] = {}
     if base_shapes is not None:
         tuned = base_shapes_of(base_shapes) if isinstance(base_shapes, nn.Module) else base_shapes
         bases = find_bases({row.name: tuple(row.parameter.shape) for row in rows}, tuned)
+    # Each parameter goes into a group of its optimizer, with the settings that its matrices and the width ask for.
     account = []
     for row in rows:
         word = words.get(row.name)
@@ -166,6 +171,7 @@ def parameter_groups(
             )
         except InvalidInputError as error:
             raise type(error)(f"{row.name}: {error}") from None
+    # Optimizers that got a parameter.
     optimizers = tuple(builder.build() for builder in builders.values() if builder.param_groups)
     if not optimizers:
         raise InvalidInputError("no parameter of the model is trained; check requires_grad.")
@@ -200,13 +206,11 @@ def _check_arguments(
         )
     for key, roles in (("head", ("head",)), ("embedding", ("embedding", "tied"))):
         if key in builders and not any(row.role in roles for row in rows):
-            raise InvalidInputError(
-                f"{key}= names an optimizer, and no parameter has that role; say which with roles=."
-            )
+            raise InvalidInputError(f"{key}= names an optimizer, and no parameter has that role; name one with roles=.")
 
 
 def _builder_for(role: Role, word: str | None, builders: Mapping[str, OptimizerBuilder]) -> str:
-    """Key of the builder that takes a parameter of this role, unless the caller has named one."""
+    """Return the key of the builder that takes a parameter of this role, unless the caller has named one."""
     if word in ("hidden", "fallback"):
         return word
     key = "hidden" if role in MATRIX_ROLES else "embedding" if role == "tied" else role
@@ -216,9 +220,10 @@ def _builder_for(role: Role, word: str | None, builders: Mapping[str, OptimizerB
 def _structure(
     row: RoleOfParameter, builder: OptimizerBuilder, *, num_heads: int | None, keeps_whole: bool
 ) -> dict[str, Any]:
-    """Group keys that say which matrices a parameter holds. To an optimizer of single entries it is all the same."""
+    """Return the group keys for the matrices that a parameter holds; none for an optimizer of single entries."""
     if builder.facts.is_elementwise or not row.parameter.requires_grad:
         return {}
+    # Several matrices in one parameter need an optimizer that can take them apart.
     is_stack = row.role == "expert" and row.parameter.ndim > 2
     is_fused = (row.role == "qkv" or row.split_sizes is not None) and not keeps_whole
     if not builder.splits:
@@ -229,6 +234,7 @@ def _structure(
                 f"trainer_hooks.optim, or roles={{pattern: {way_out}."
             )
         return {}
+    # Rows of fused projections, then heads, then experts.
     keys: dict[str, Any] = {}
     if is_fused:
         if row.split_sizes is None:
@@ -254,21 +260,23 @@ def _multipliers(
     keys: Mapping[str, Any],
     rules: Mapping[str, TransferRule],
 ) -> tuple[float, float, float]:
-    """Of rate, decay and epsilon."""
+    """Return the multipliers of learning rate, weight decay and epsilon."""
     if base is None:
         return 1.0, 1.0, 1.0
+    # The rate: one for all pieces that are updated by themselves.
     rule = builder.rule(rules)
     shape = tuple(row.parameter.shape)
     depths = {"depth": base.depth, "base_depth": base.base_depth}
     role: Role = "linear" if "split_sizes" in keys or "num_heads" in keys else row.role
-    found = {
+    rates = {
         # Rounded, so that equal multipliers make one group although their last bits differ.
         float(f"{learning_rate_multiplier(rule, role=role, shape=own, base_shape=other, **depths):.12g}")
         for own, other in _pieces(shape, base.shape, keys)
     }
-    if len(found) > 1:
-        raise InvalidInputError(f"its pieces need different learning rates, times {sorted(found)}; do not fuse them.")
-    rate = found.pop()
+    if len(rates) > 1:
+        raise InvalidInputError(f"its pieces need different learning rates, times {sorted(rates)}; do not fuse them.")
+    rate = rates.pop()
+    # Decay and epsilon are of the whole parameter.
     decay = 1.0
     if builder.facts.decay_follows_width:
         coupled = 1.0 if builder.settings.get("decay") == "independent" else rate
@@ -283,7 +291,7 @@ def _multipliers(
 def _pieces(
     shape: tuple[int, ...], base_shape: tuple[int, ...], keys: Mapping[str, Any]
 ) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Shapes of the pieces here and at the base: fused ones in the same proportions, heads of the same width."""
+    """Return shapes of the pieces here and at the base: fused ones in the same proportions, heads of the same width."""
     if not shape:
         return {(shape, base_shape)}
     sizes = keys.get("split_sizes") or (shape[0],)
@@ -310,14 +318,16 @@ def _assigned(
     *,
     decays: bool,
 ) -> GroupedParameter:
-    """Put one parameter into the group of its settings, and say so."""
+    """Put one parameter into the group of its settings, and return the account of it."""
     shape = tuple(row.parameter.shape)
     if not row.parameter.requires_grad:
         return GroupedParameter(row.name, shape, row.role, None, None, 1, "-", None, 1.0, 0.0)
+    # Shapes of the matrices that are updated one by one.
     matrices = []
     if not builder.facts.is_elementwise and (builder.splits or len(shape) > 1):
-        found = matrices_of(torch.empty(shape, device="meta"), keys)
-        matrices = [(matrix.shape[0], matrix.shape[1]) for matrix in found]
+        pieces = matrices_of(torch.empty(shape, device="meta"), keys)
+        matrices = [(piece.shape[0], piece.shape[1]) for piece in pieces]
+    # Settings that differ from those of the optimizer: parameters with the same ones share a group.
     rate, decay, epsilon = _multipliers(row, builder, base, keys, rules)
     settings = {"lr": None, "weight_decay": 0.0} | builder.settings
     changed = {"lr": rate, "weight_decay": decay if decays else 0.0}

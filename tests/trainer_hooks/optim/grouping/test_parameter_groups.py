@@ -124,7 +124,7 @@ def test_tied_weights_are_stepped_once() -> None:
 
 
 def test_vectors_cannot_be_forced_on_a_matrix_optimizer() -> None:
-    with pytest.raises(GeometryError, match=r"bias: a parameter of shape \(4,\) is no matrix"):
+    with pytest.raises(GeometryError, match=r"bias: a parameter of shape \(4,\) is not a matrix"):
         parameter_groups(nn.Linear(4, 4), hidden=Muon, roles={"bias": "hidden"})
 
 
