@@ -89,7 +89,7 @@ def test_every_sign_and_spectral_row_has_the_coupling_of_steps_that_do_not_grow(
 
 def test_subclasses_and_wrappers_have_the_row_of_their_base() -> None:
     class Renamed(Muon):
-        """As users make them, to log or to fail on purpose."""
+        """A subclass that changes nothing."""
 
     optimizer = SNOO(Renamed([nn.Parameter(torch.ones(2, 3))]))
     assert facts_of(optimizer).geometry == "spectral"
@@ -169,7 +169,7 @@ def test_a_step_without_momentum_along_the_update_direction_is_the_step(name: st
     ],
     ids=lambda optimizer: type(optimizer).__name__,
 )
-def test_an_unknown_momentum_is_refused_with_the_way_out(optimizer: torch.optim.Optimizer) -> None:
+def test_direction_of_refuses_an_unknown_momentum_and_names_the_way_out(optimizer: torch.optim.Optimizer) -> None:
     (group,) = optimizer.param_groups
     message = rf"momentum of optimizer {type(optimizer).__name__} is not known.*directions=\['gradient'\]"
     with pytest.raises(InvalidInputError, match=message):
@@ -203,7 +203,7 @@ def test_optimizers_get_the_rule_that_is_sound_for_them() -> None:
         ("Sophia", "no optimizer of that name"),
     ],
 )
-def test_optimizers_without_a_sound_rule_are_refused_with_the_way_out(name: str, because: str) -> None:
+def test_default_couplings_refuse_an_unsound_rule_and_name_the_way_out(name: str, because: str) -> None:
     with pytest.raises(CouplingError, match=f"{name}.*{because}.*learning_rate_coupling='none'"):
         default_of("AdamW", name)
 

@@ -1,4 +1,4 @@
-"""What a session uses of an optimizer is found by its members, whatever the class inherits from."""
+"""Abilities of optimizers are found by their members, whatever the class inherits from."""
 
 from __future__ import annotations
 

@@ -49,6 +49,6 @@ def test_the_docstring_names_every_option_and_where_it_is_documented(kind: Any) 
         (Shampoo, "update_bias", "unexpected keyword argument 'update_bias'"),
     ],
 )
-def test_an_option_that_does_not_exist_is_refused_with_the_closest_one(kind: Any, option: str, message: str) -> None:
+def test_a_misspelt_option_is_a_type_error_that_names_the_closest_one(kind: Any, option: str, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         kind([start(6, 9)], **{option: True})

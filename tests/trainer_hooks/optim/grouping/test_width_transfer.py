@@ -44,8 +44,8 @@ BASE, WIDE = (256, 256), (512, 2048)
     ],
 )
 def test_learning_rates_of_a_matrix_follow_the_published_table(rule: TransferRule, expected: float) -> None:
-    found = learning_rate_multiplier(rule, role="linear", shape=WIDE, base_shape=BASE, depth=6, base_depth=2)
-    assert found == pytest.approx(expected, rel=1e-12)
+    multiplier = learning_rate_multiplier(rule, role="linear", shape=WIDE, base_shape=BASE, depth=6, base_depth=2)
+    assert multiplier == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -62,10 +62,14 @@ def test_learning_rates_of_a_matrix_follow_the_published_table(rule: TransferRul
         ("soap", (4096, 4096), (2048, 1025), 1025 / 4096),
     ],
 )
-def test_one_sided_rules(name: str, shape: tuple[int, int], base_shape: tuple[int, int], expected: float) -> None:
+def test_one_sided_rules_follow_the_published_table(
+    name: str, shape: tuple[int, int], base_shape: tuple[int, int], expected: float
+) -> None:
     rule = TransferRule(name, largest_side=1000)
-    found = learning_rate_multiplier(rule, role="linear", shape=shape, base_shape=base_shape, depth=3, base_depth=1)
-    assert found == pytest.approx(expected, rel=1e-12)
+    multiplier = learning_rate_multiplier(
+        rule, role="linear", shape=shape, base_shape=base_shape, depth=3, base_depth=1
+    )
+    assert multiplier == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +77,7 @@ def test_one_sided_rules(name: str, shape: tuple[int, int], base_shape: tuple[in
     [
         ("embedding", (1000, 512), (1000, 64), 1.0, 8.0),
         ("tied", (1000, 512), (1000, 64), 1.0, 8.0),
-        ("embedding", (2000, 512), (1000, 64), 1.0, 8.0),  # more words are no width
+        ("embedding", (2000, 512), (1000, 64), 1.0, 8.0),  # more words are not more width
         ("head", (1000, 512), (1000, 64), 1 / 8, 1 / 8),
         ("norm", (512,), (64,), 1.0, 8.0),
         ("bias", (512,), (64,), 1.0, 8.0),
@@ -88,16 +92,16 @@ def test_sides_depend_on_the_role(
     role: str, shape: tuple[int, ...], base_shape: tuple[int, ...], adam: float, sgd: float
 ) -> None:
     for name, expected in (("adam", adam), ("sgd", sgd)):
-        found = learning_rate_multiplier(TransferRule(name), role=role, shape=shape, base_shape=base_shape)
-        assert found == pytest.approx(expected, rel=1e-12)
+        multiplier = learning_rate_multiplier(TransferRule(name), role=role, shape=shape, base_shape=base_shape)
+        assert multiplier == pytest.approx(expected, rel=1e-12)
 
 
 def test_blocks_count_on_the_side_that_is_preconditioned() -> None:
     one_sided = TransferRule("soap", block_size=128, largest_side=1000)
-    found = learning_rate_multiplier(one_sided, role="linear", shape=(4096, 512), base_shape=(2048, 128))
-    assert found == pytest.approx(1 / 4, rel=1e-12)  # din = 4, n_in = 4
-    found = learning_rate_multiplier(one_sided, role="linear", shape=(512, 4096), base_shape=(128, 2048))
-    assert found == pytest.approx(1 / 2, rel=1e-12)  # dout = 4, n_out = 4, din = 2
+    multiplier = learning_rate_multiplier(one_sided, role="linear", shape=(4096, 512), base_shape=(2048, 128))
+    assert multiplier == pytest.approx(1 / 4, rel=1e-12)  # din = 4, n_in = 4
+    multiplier = learning_rate_multiplier(one_sided, role="linear", shape=(512, 4096), base_shape=(128, 2048))
+    assert multiplier == pytest.approx(1 / 2, rel=1e-12)  # dout = 4, n_out = 4, din = 2
 
 
 def test_a_factor_that_the_optimizer_puts_on_its_update_is_not_counted_twice() -> None:
@@ -106,8 +110,8 @@ def test_a_factor_that_the_optimizer_puts_on_its_update_is_not_counted_twice() -
     own = {"none": (1.0, 1.0), "spectral": (math.sqrt(512 / 4096), math.sqrt(128 / 256)), "shape": (1.0, 1.0)}
     for scale, (wide_factor, base_factor) in own.items():
         rule = TransferRule("muon", scale=scale)
-        found = learning_rate_multiplier(rule, role="linear", shape=shape, base_shape=base)
-        assert found * wide_factor / base_factor == pytest.approx(1 / 2, rel=1e-12)
+        multiplier = learning_rate_multiplier(rule, role="linear", shape=shape, base_shape=base)
+        assert multiplier * wide_factor / base_factor == pytest.approx(1 / 2, rel=1e-12)
     tall = learning_rate_multiplier(
         TransferRule("muon", scale="shape"), role="linear", shape=(1024, 64), base_shape=(64, 64)
     )
@@ -120,7 +124,7 @@ def test_equal_rms_and_transfer_exclude_each_other() -> None:
         learning_rate_multiplier(rule, role="linear", shape=WIDE, base_shape=BASE)
 
 
-def test_what_no_rule_covers_is_refused() -> None:
+def test_rules_refuse_tensors_that_they_do_not_cover() -> None:
     with pytest.raises(GeometryError, match="'muon' is for matrices, got role 'norm'"):
         learning_rate_multiplier(TransferRule("muon"), role="norm", shape=(8,), base_shape=(4,))
     with pytest.raises(GeometryError, match="give it a role that has them"):
@@ -132,7 +136,7 @@ def test_what_no_rule_covers_is_refused() -> None:
         learning_rate_multiplier(one_sided, role="linear", shape=WIDE, base_shape=BASE)
 
 
-def test_decay_per_step_falls_with_the_width_whatever_the_rate_does() -> None:
+def test_decay_per_step_falls_with_the_width_at_any_rate() -> None:
     for role, shape, base, width in (
         ("linear", (512, 512), (64, 64), 8),
         ("linear", (512, 32), (64, 32), 8),  # the first layer: its inputs are the data's
@@ -160,15 +164,15 @@ def test_decay_per_step_falls_with_the_width_whatever_the_rate_does() -> None:
 def test_epsilons_follow_the_published_table(
     rule: TransferRule, shape: tuple[int, int], base_shape: tuple[int, int], expected: float
 ) -> None:
-    found = epsilon_multiplier(rule, role="linear", shape=shape, base_shape=base_shape, depth=3, base_depth=1)
-    assert found == pytest.approx(expected, rel=1e-12)
+    multiplier = epsilon_multiplier(rule, role="linear", shape=shape, base_shape=base_shape, depth=3, base_depth=1)
+    assert multiplier == pytest.approx(expected, rel=1e-12)
 
 
 def test_residual_branches_shrink_with_the_depth_itself() -> None:
     assert residual_multiplier(depth=24, base_depth=6) == 0.25
 
 
-def test_scales_are_shown_with_their_sum() -> None:
+def test_scales_are_shown_with_their_value() -> None:
     assert scale_in_words("rms_match", [(768, 256)]) == "rms_match 0.2*sqrt(768)=5.54"
     assert scale_in_words("shape", [(4, 4), (16, 4), (4, 4)]) == "shape 1.00/2.00"
     assert scale_in_words("none", [(4, 4)]) == "-"
@@ -268,7 +272,7 @@ def with_muon(scale: str, base: nn.Module | None) -> Builder:
     return with_hidden(Muon, {"lr": 0.005, "scale": scale, "dtype": None}, base)
 
 
-def test_muon_changes_hidden_activations_alike_at_every_width_in_every_convention_but_one() -> None:
+def test_muon_changes_hidden_activations_alike_at_every_width_but_with_rms_match() -> None:
     base = Perceptron(WIDTHS[0])
     for scale in ("none", "spectral", "shape"):
         for factor in growth(with_muon(scale, base)):
