@@ -91,15 +91,11 @@ def orthogonalize(
     layout = torch.contiguous_format if matrix.device.type == "cpu" else torch.preserve_format
     X_BSL = torch.empty_like(wide_BSL, dtype=iterated, memory_format=layout)
     torch.div(wide_BSL, _one_for_zero(largest), out=X_BSL)
-    # By decomposition, or by polynomials: one batch, or matrix by matrix where a matrix fills the cores.
+    # By decomposition, or by polynomials.
     if not schedule.coefficients:
         X_BSL = _decomposed(X_BSL, torch.promote_types(matrix.dtype, torch.float32))
     else:
-        on_gram = evaluation == "gram" or (evaluation == "auto" and _gram_is_faster(X_BSL, schedule))
-        evaluate = _evaluated_on_gram if on_gram else _evaluated_directly
-        alone = len(X_BSL) == 1 or (matrix.device.type == "cpu" and X_BSL.shape[-2] >= _SMALLEST_SIDE_ALONE)
-        for piece in X_BSL.unbind() if alone else [X_BSL]:
-            piece.copy_(evaluate(piece, schedule))
+        _evaluate(X_BSL, schedule, evaluation)
     result_SL = X_BSL.to(matrix.dtype).view(wide_SL.shape)
     return result_SL.mT if tall else result_SL
 
@@ -125,6 +121,15 @@ def _iterated_dtype(
             "bfloat16, where rounding would take over. Leave it at 'auto'."
         )
     return iterated
+
+
+def _evaluate(X_BSL: Tensor, schedule: OrthogonalizationSchedule, evaluation: str) -> None:
+    """Apply the polynomials in place: to one batch, or matrix by matrix where a matrix fills the cores."""
+    on_gram = evaluation == "gram" or (evaluation == "auto" and _gram_is_faster(X_BSL, schedule))
+    evaluated = _evaluated_on_gram if on_gram else _evaluated_directly
+    alone = len(X_BSL) == 1 or (X_BSL.device.type == "cpu" and X_BSL.shape[-2] >= _SMALLEST_SIDE_ALONE)
+    for piece in X_BSL.unbind() if alone else [X_BSL]:
+        piece.copy_(evaluated(piece, schedule))
 
 
 def _evaluated_directly(X: Tensor, schedule: OrthogonalizationSchedule) -> Tensor:

@@ -99,22 +99,24 @@ def learning_rate_multiplier(
         multiplier = math.sqrt(dout / din)
     else:
         multiplier = _preconditioned_multiplier(rule, role, shape, base_shape, layers=layers)
-    # The factor that the optimizer puts on its update by itself.
+    return multiplier * _inverse_own_scale(rule, role, shape, base_shape)
+
+
+def _inverse_own_scale(rule: TransferRule, role: Role, shape: Sequence[int], base_shape: Sequence[int]) -> float:
+    """Return one over the relative factor that the optimizer puts on its update by itself."""
+    if rule.scale == "none":
+        return 1.0
     if rule.scale == "rms_match":
         raise InvalidInputError(
             "rms_match and transfer over width exclude each other: the spectral norm of updates of fixed RMS grows "
             "with sqrt(width), and transfer needs it constant. Take scale='spectral' or 'shape', of Shampoo another "
             "grafting, with base_shapes; or rms_match without them."
         )
-    if rule.scale != "none":
-        multiplier *= _own_scale(rule, role, base_shape) / _own_scale(rule, role, shape)
-    return multiplier
-
-
-def _own_scale(rule: TransferRule, role: Role, shape: Sequence[int]) -> float:
-    """Return the factor that the optimizer puts on an update of this shape."""
-    rows, columns = matrix_shape(role, shape)
-    return update_scale(rule.scale, rows=rows, columns=columns)
+    own, base = (
+        update_scale(rule.scale, rows=rows, columns=columns)
+        for rows, columns in (matrix_shape(role, shape), matrix_shape(role, base_shape))
+    )
+    return base / own
 
 
 def _relative_sides(role: Role, shape: Sequence[int], base_shape: Sequence[int]) -> tuple[float, float]:
