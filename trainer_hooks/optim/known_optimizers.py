@@ -96,14 +96,17 @@ def facts_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any] | None =
     """
     optimizer = innermost(optimizer)
     facts = facts_of_class(type(optimizer))
-    # Averages that the optimizer names itself come before those of its class.
+    # Settings may change fields of the row, and averages that the optimizer names itself come before either.
+    if group is not None:
+        facts = facts.with_settings(group)
     if isinstance(optimizer, NamesAverages):
         facts = replace(facts, averaged_settings=tuple(optimizer.averages), declares_averages=True)
-    return facts if group is None else facts.with_settings(group)
+    return facts
 
 
 def facts_of_class(optimizer_class: type[torch.optim.Optimizer]) -> OptimizerFacts:
     """Return the row that a class carries as `facts`, its own or inherited, else that of its name."""
+    # A class of another package may have an attribute of that name for something else.
     facts = getattr(optimizer_class, "facts", None)
     return facts if isinstance(facts, OptimizerFacts) else facts_named(optimizer_class.__name__)
 
@@ -122,6 +125,7 @@ def _muon_groups(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _torch_muon(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the scale of the updates of torch's Muon, which is called adjust_lr_fn there."""
+    # Other packages' Muon does not name its scale in its settings.
     scale: Scale = "none"
     if "adjust_lr_fn" in settings:
         scale = "rms_match" if settings["adjust_lr_fn"] == "match_rms_adamw" else "shape"
@@ -130,7 +134,8 @@ def _torch_muon(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _published_scion(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the geometry of a norm of the published Scion; Auto is spectral for matrices."""
-    return {} if settings.get("norm", "Auto") in ("Auto", "Spectral", "SpectralConv") else {"geometry": "sign"}
+    norm = str(settings.get("norm", "Auto")).lower()
+    return {} if norm in ("auto", "spectral", "spectralconv") else {"geometry": "sign"}
 
 
 def _in_blocks(settings: Mapping[str, Any]) -> Mapping[str, Any]:

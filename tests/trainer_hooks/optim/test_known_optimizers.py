@@ -96,6 +96,20 @@ def test_subclasses_and_wrappers_have_the_row_of_their_base() -> None:
     assert facts_of(optimizer).momentum_key == "momentum"
 
 
+@pytest.mark.parametrize(
+    ("norm", "geometry"),
+    [
+        ("Spectral", "spectral"),
+        ("Auto", "spectral"),
+        ("SpectralConv", "spectral"),
+        ("Sign", "sign"),
+        ("ColNorm", "sign"),
+    ],
+)
+def test_groups_of_the_published_scion_have_the_geometry_of_their_norm(norm: str, geometry: str) -> None:
+    assert facts_named("Scion").with_settings({"norm": norm, "momentum": 0.1}).geometry == geometry
+
+
 def test_names_that_differ_in_capitals_have_one_row() -> None:
     assert facts_named("AdaMax") == facts_named("Adamax") == KNOWN["Adamax"]
     assert facts_named("AdaFactor") == KNOWN["Adafactor"]

@@ -111,6 +111,7 @@ def bias_correction(beta: float, step: int) -> float:
 
 def rescaled_to_rms(updates_BMN: Tensor, rms: Tensor | float) -> Tensor:
     """Rescale updates to this root mean square; zero stays zero."""
+    # Also where squares of the updates overflow or vanish.
     present_B11 = safe_rms(updates_BMN, dim=(1, 2))
     return updates_BMN / torch.where(present_B11 == 0, 1, present_B11) * rms
 

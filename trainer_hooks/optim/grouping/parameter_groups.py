@@ -294,6 +294,7 @@ def _pieces(
     """Return shapes of the pieces here and at the base: fused ones in the same proportions, heads of the same width."""
     if not shape:
         return {(shape, base_shape)}
+    # Rows of fused matrices here, and as many parts of the base's rows.
     sizes = keys.get("split_sizes") or (shape[0],)
     base_sizes = [size * base_shape[0] / shape[0] for size in sizes]
     if "num_heads" in keys:
@@ -304,6 +305,7 @@ def _pieces(
                 "only their number may differ."
             )
         sizes, base_sizes = (head,), [float(head)]
+    # The base's parts have to be whole rows, too.
     if any(size % 1 for size in base_sizes):
         raise InvalidInputError(f"the base shape {base_shape} cannot be split in the proportions of {sizes}.")
     return {((own, *shape[1:]), (int(other), *base_shape[1:])) for own, other in zip(sizes, base_sizes, strict=True)}
