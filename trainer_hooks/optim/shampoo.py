@@ -187,7 +187,7 @@ class Shampoo(HalvesMixin, FactoredOptimizer):
         Every rank reaches every exchange: all were supplied for the same parameters, and those without a difference
         send zeros.
         """
-        # Without halves on any rank there is no exchange to reach.
+        # A session supplies all ranks or none, so all or none come to the exchanges.
         halves = self._take_halves()
         for exchange, members in self._divided() if halves else ():
             blocks = blocks_of([member.parameter for member in members])
