@@ -7,55 +7,9 @@ base values, so applying it twice is applying it once, and a resume finds the ri
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from gns_controller.core.batch_arithmetic import BatchRules, LearningRateCoupling
 from gns_controller.core.contract import BatchPlan
-from gns_controller.core.errors import CouplingError
-
-_SQRT = (
-    *("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Lion", "SignSGD", "Signum"),
-    *("Muon", "SpecSGD", "Scion", "Dion", "NorMuon"),
-    *("Shampoo", "DistributedShampoo", "EShampoo", "KLShampoo", "SOAP", "ASGO"),
-)
-_LINEAR = ("SGD",)
-
-DEFAULT_COUPLINGS: dict[str, LearningRateCoupling] = {
-    **dict.fromkeys((name.lower() for name in _SQRT), "sqrt"),
-    **dict.fromkeys((name.lower() for name in _LINEAR), "linear"),
-}
-"""Optimizer class name in lower case -> rule. sqrt for optimizers whose step does not grow with the gradient."""
-
-_NO_SOUND_RULE = {
-    "lbfgs": "it searches its own step along curvature estimates of one batch size",
-    "rprop": "it compares signs of successive full-batch gradients",
-    "adagrad": "its sum of squares never forgets the batches before",
-    "adadelta": "its step has no learning rate to scale",
-    "adafactor": "its relative step follows its own clock",
-    "prodigy": "it finds its own learning rate",
-    "dadaptation": "it finds its own learning rate",
-}
-"""Optimizer class name in lower case -> why no rule is sound."""
-
-
-def default_couplings(optimizers: Sequence[str]) -> tuple[LearningRateCoupling, dict[str, LearningRateCoupling]]:
-    """The rule of the first optimizer, and those of the others that differ, by class name.
-
-    Raises:
-        CouplingError: no rule is known to be sound for one of them.
-    """
-    rules: dict[str, LearningRateCoupling] = {}
-    for name in optimizers:
-        rule = DEFAULT_COUPLINGS.get(name.lower())
-        if rule is None:
-            because = _NO_SOUND_RULE.get(name.lower(), "we know no optimizer of that name")
-            raise CouplingError(
-                f"no rule for the learning rate of {name} is known to be sound when the batch changes: {because}. "
-                "Use CouplingOptions(learning_rate='none') or another rule if you know better."
-            )
-        rules[name] = rule
-    first: LearningRateCoupling = next(iter(rules.values()), "none")
-    return first, {name: rule for name, rule in rules.items() if rule != first}
 
 
 def gain(*, noise_scale: float, global_batch_size: int, initial_batch_size: int) -> float:

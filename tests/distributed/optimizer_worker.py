@@ -104,8 +104,8 @@ def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], *, steps: r
     sees_all = alone or type(optimizers[0]).__name__ in SAME_SAMPLES
     rank, size = (0, 1) if sees_all else (dist.get_rank(), dist.get_world_size())
     for step in steps:
-        mine = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
-        (model(rows[step, mine]) - targets[step, mine]).square().mean().backward()
+        own_samples = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
+        (model(rows[step, own_samples]) - targets[step, own_samples]).square().mean().backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -131,8 +131,8 @@ def wrap(layout: str) -> tuple[nn.Module, dist.ProcessGroup | None]:
     return fully_shard(model, mesh=mesh), None
 
 
-def assert_close(found: Tensor, expected: Tensor, label: str) -> None:
-    torch.testing.assert_close(found, expected, **CLOSE, msg=lambda text: f"{label}: {text}")
+def assert_close(actual: Tensor, expected: Tensor, label: str) -> None:
+    torch.testing.assert_close(actual, expected, **CLOSE, msg=lambda text: f"{label}: {text}")
 
 
 def check_replicas(model: nn.Module, layout: str, label: str) -> None:
@@ -143,10 +143,10 @@ def check_replicas(model: nn.Module, layout: str, label: str) -> None:
     for parameter in model.parameters():
         block = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         digest.update(block.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    everybody: list[Any] = [None] * dist.get_world_size()
+    digests: list[Any] = [None] * dist.get_world_size()
     place = 0 if layout == "DDP" else dist.get_rank() % 2
-    dist.all_gather_object(everybody, (place, digest.hexdigest()))
-    assert len(everybody) > len(set(everybody)) == len({found[0] for found in everybody}), f"{label}: replicas differ"
+    dist.all_gather_object(digests, (place, digest.hexdigest()))
+    assert len(digests) > len(set(digests)) == len({entry[0] for entry in digests}), f"{label}: replicas differ"
 
 
 def compare() -> None:
@@ -157,8 +157,8 @@ def compare() -> None:
         for layout in layouts:
             model, process_group = wrap(layout)
             train(model, optimizers_of(model, name, process_group), steps=range(STEPS), alone=False)
-            for key, found in whole_of(model).items():
-                assert_close(found, whole_of(expected)[key], f"{name}, {layout}, {key}")
+            for key, weights in whole_of(model).items():
+                assert_close(weights, whole_of(expected)[key], f"{name}, {layout}, {key}")
             check_replicas(model, layout, f"{name}, {layout}")
             say(f"{name}: {layout}")
 
@@ -296,8 +296,8 @@ def resume(directory: str, num_savers: int) -> None:
 
 def go_on(model: nn.Module, optimizers: list[torch.optim.Optimizer], expected: nn.Module, label: str) -> None:
     train(model, optimizers, steps=range(STEPS, 2 * STEPS), alone=False)
-    for key, found in whole_of(model).items():
-        assert_close(found, whole_of(expected)[key], f"{label}, {key}")
+    for key, weights in whole_of(model).items():
+        assert_close(weights, whole_of(expected)[key], f"{label}, {key}")
     say(f"resumed {label}")
 
 

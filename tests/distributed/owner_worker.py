@@ -40,9 +40,9 @@ def empty_matrices() -> None:
         expected = moved(name, [torch.ones(shape).double() for shape in SHAPES if 0 not in shape], None)
         copies = moved(name, [torch.ones(shape).double() for shape in SHAPES], dist.group.WORLD)
         shards = [distribute_tensor(torch.ones(shape).double(), mesh, [Shard(0)]) for shape in SHAPES]
-        for found in (copies, moved(name, shards, None)):
-            for value, wanted in zip([each for each in found if each.numel()], expected, strict=True):
-                assert_close(value, wanted, name)
+        for weights in (copies, moved(name, shards, None)):
+            for value, other in zip([weight for weight in weights if weight.numel()], expected, strict=True):
+                assert_close(value, other, name)
         moved(name, [torch.ones(0, 4)], dist.group.WORLD)
         moved(name, [distribute_tensor(torch.ones(0, 4), mesh, [Shard(0)])], None)
         say(f"empty matrices: {name}")

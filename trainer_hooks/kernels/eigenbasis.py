@@ -16,19 +16,19 @@ from trainer_hooks.kernels.inverse_roots import eigenvalues_and_basis
 
 
 class RefreshedBasis(NamedTuple):
-    """What refreshed_basis returns."""
+    """Basis that refreshed_basis returns, with its eigenvalues."""
 
     basis: Tensor
-    """(..., S, S) orthonormal columns."""
+    """Orthonormal columns, (..., S, S)."""
     eigenvalues: Tensor
-    """(..., S) diagonal of B in this basis."""
+    """Diagonal of B in this basis, (..., S)."""
     changed: Tensor
-    """(...) bool: where the basis is not the one that was handed in."""
+    """True where the basis is not the one that was given, (...) bool."""
 
 
 @torch.no_grad()
 def eigenbasis(factor: Tensor) -> Tensor:
-    """Eigenvectors in columns, in descending order of their eigenvalues.
+    """Return eigenvectors in columns, in descending order of their eigenvalues.
 
         A = Q diag(l) Q^T,   l_1 >= l_2 >= ... >= l_S
 
@@ -45,9 +45,11 @@ def eigenbasis(factor: Tensor) -> Tensor:
         InvalidInputError: another dtype.
     """
     _check(factor)
+    # A matrix that is not finite is decomposed as zeros, so that the others of its batch are not lost.
     batch_BSS = factor.reshape(-1, *factor.shape[-2:])
     finite = batch_BSS.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     _, basis_BSS = eigenvalues_and_basis(torch.where(finite, batch_BSS, 0))
+    # Largest eigenvalue first, and of each eigenvector the largest component positive.
     basis_BSS = basis_BSS.flip(-1)
     largest = basis_BSS.take_along_dim(basis_BSS.abs().argmax(dim=-2, keepdim=True), dim=-2)
     basis_BSS = torch.where(finite, basis_BSS * largest.sign(), math.nan)
@@ -56,7 +58,7 @@ def eigenbasis(factor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def needs_refresh(factor: Tensor, basis: Tensor, tolerance: float) -> Tensor:
-    """Has the factor turned away from this basis?
+    """Return whether the factor has turned away from this basis.
 
         ||B - diag(B)||_F > tolerance * ||B||_F,   B = Q^T A Q
 
@@ -82,7 +84,7 @@ def needs_refresh(factor: Tensor, basis: Tensor, tolerance: float) -> Tensor:
 
 @torch.no_grad()
 def refreshed_basis(factor: Tensor, basis: Tensor, *, tolerance: float, max_iterations: int = 1) -> RefreshedBasis:
-    """The QR algorithm from the previous basis on, for the matrices that need it.
+    """Improve the previous basis by the QR algorithm, for the matrices that need it.
 
         while needs_refresh:  B = Q_k R_k,  B <- R_k Q_k,  Q <- Q Q_k
 
@@ -93,8 +95,8 @@ def refreshed_basis(factor: Tensor, basis: Tensor, *, tolerance: float, max_iter
         factor: (..., S, S), float32 or float64, symmetric.
         basis: same shape and dtype, orthonormal columns.
         tolerance: see needs_refresh.
-        max_iterations: QR decompositions of the whole batch, whether all need them or none; nothing is asked of the
-            host.
+        max_iterations: QR decompositions of the whole batch, whether all need them or none, so that nothing is copied
+            to the host.
 
     Returns:
         Where changed: columns in descending order of the eigenvalues, equal ones in the order they had, signs so
@@ -110,46 +112,50 @@ def refreshed_basis(factor: Tensor, basis: Tensor, *, tolerance: float, max_iter
     _check(factor, basis, tolerance)
     if max_iterations < 1:
         raise InvalidInputError(f"refreshed_basis needs max_iterations of 1 or more, got {max_iterations}.")
+    # B (..., S, S) in the old basis; columns of the stale ones in descending order of its diagonal.
     B, scale = _rotated(factor, basis)
     changed = active = _exceeds(B, tolerance)
     order = _descending(B, changed)
-    found = basis.take_along_dim(order.unsqueeze(-2), dim=-1)
+    turned = basis.take_along_dim(order.unsqueeze(-2), dim=-1)
     B = B.take_along_dim(order.unsqueeze(-2), dim=-1).take_along_dim(order.unsqueeze(-1), dim=-2)
+    # QR steps with continued signs, for those that still exceed the tolerance.
     for _ in range(max_iterations):
         Q, R = torch.linalg.qr(B)
         signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1, 1).to(B.dtype)
         Q, R = Q * signs.unsqueeze(-2), R * signs.unsqueeze(-1)
         next_B = R @ Q
-        found = torch.where(active[..., None, None], found @ Q, found)
+        turned = torch.where(active[..., None, None], turned @ Q, turned)
         B = torch.where(active[..., None, None], (next_B + next_B.mT) / 2, B)
         active = active & _exceeds(B, tolerance)
-    found = torch.where(changed[..., None, None], 1.5 * found - 0.5 * found @ (found.mT @ found), basis)
+    # One step towards orthonormal columns, against drift, and the order of the new eigenvalues.
+    turned = torch.where(changed[..., None, None], 1.5 * turned - 0.5 * turned @ (turned.mT @ turned), basis)
     order = _descending(B, changed)
     return RefreshedBasis(
-        basis=found.take_along_dim(order.unsqueeze(-2), dim=-1),
+        basis=turned.take_along_dim(order.unsqueeze(-2), dim=-1),
         eigenvalues=B.diagonal(dim1=-2, dim2=-1).take_along_dim(order, dim=-1) * scale.squeeze(-1),
         changed=changed,
     )
 
 
 def _descending(B: Tensor, changed: Tensor) -> Tensor:
-    """Columns by their entry on the diagonal; in the order they have where nothing is to change."""
+    """Return the order of columns by their entry on the diagonal; as it is where nothing is to change."""
     order = B.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     return torch.where(changed.unsqueeze(-1), order, torch.arange(B.shape[-1], device=B.device))
 
 
 def _rotated(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """B of A over its largest entry, so that squares neither overflow nor vanish, and that entry, (..., 1, 1)."""
+    """Return B of A over its largest entry, whose squares neither overflow nor vanish, and that entry, (..., 1, 1)."""
     scale = factor.abs().amax(dim=(-2, -1), keepdim=True)
     B = basis.mT @ (factor / torch.where(scale == 0, 1, scale)) @ basis
     return (B + B.mT) / 2, scale
 
 
 def _exceeds(B: Tensor, tolerance: float) -> Tensor:
+    """Return whether the entries beside the diagonal are too large, (...) bool. NaN exceeds nothing."""
     beside = B.clone()
     beside.diagonal(dim1=-2, dim2=-1).zero_()
-    found: Tensor = torch.linalg.matrix_norm(beside) > tolerance * torch.linalg.matrix_norm(B)
-    return found
+    is_stale: Tensor = torch.linalg.matrix_norm(beside) > tolerance * torch.linalg.matrix_norm(B)
+    return is_stale
 
 
 def _check(factor: Tensor, basis: Tensor | None = None, tolerance: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""Approximate U V^T of a matrix by matrix products alone.
+"""Orthogonal factor U V^T of a matrix, approximated by matrix products alone.
 
 S = the shorter side, L = the longer one, B = matrices in a batch.
 """
@@ -21,7 +21,7 @@ from trainer_hooks.kernels.symmetric import (
 )
 
 Evaluation = Literal["auto", "direct", "gram"]
-"""How the polynomials are evaluated. Products of S x S matrices and A are half done and mirrored, where that is faster.
+"""Evaluation of the polynomials. Products of S x S matrices and A are half done and mirrored, where that is faster.
 
 direct   X <- a X + (b A + c A^2) X at every step: 3 S^2 L + S^3 multiplications per step.
 gram     the polynomials of A alone, multiplied up; X is multiplied, and A computed afresh from it, after steps 2, 5, 8
@@ -33,8 +33,8 @@ auto     gram on a CPU for at most five steps in float32 or float64 where L >= 2
 
 _SERVED = (torch.float32, torch.float64, torch.bfloat16)
 _SMALLEST_SIDE_ALONE = 256
-"""On a CPU, products from this size on fill all cores one matrix at a time, as fast as torch.bmm does or faster, and
-need less memory. Below, the batch is up to ten times as fast."""
+"""Shortest side from which on a CPU takes one matrix at a time: products fill all cores, as fast as torch.bmm does or
+faster, and need less memory. Below, the batch is up to ten times as fast."""
 _FRESH_STEPS = (0, 2, 5, 8)
 """Steps whose A is computed from X. By the third, small singular values have grown thirtyfold, and their squares stand
 clear of the rounding of A."""
@@ -82,21 +82,20 @@ def orthogonalize(
     iterated = _iterated_dtype(matrix, schedule, dtype, evaluation)
     if matrix.numel() == 0:
         return matrix.clone()
+    # Wide matrices in one batch, (B, S, L): products are then of the shorter side.
     tall = matrix.shape[-2] > matrix.shape[-1]
     wide_SL = matrix.mT if tall else matrix
     wide_BSL = wide_SL.reshape(-1, *wide_SL.shape[-2:])
+    # Divide by the largest entry while casting, so that no norm overflows or vanishes.
     largest = torch.linalg.vector_norm(wide_BSL, ord=math.inf, dim=(-2, -1), keepdim=True)
     layout = torch.contiguous_format if matrix.device.type == "cpu" else torch.preserve_format
     X_BSL = torch.empty_like(wide_BSL, dtype=iterated, memory_format=layout)
     torch.div(wide_BSL, _one_for_zero(largest), out=X_BSL)
+    # By decomposition, or by polynomials.
     if not schedule.coefficients:
         X_BSL = _decomposed(X_BSL, torch.promote_types(matrix.dtype, torch.float32))
     else:
-        on_gram = evaluation == "gram" or (evaluation == "auto" and _gram_is_faster(X_BSL, schedule))
-        evaluate = _evaluated_on_gram if on_gram else _evaluated_directly
-        alone = len(X_BSL) == 1 or (matrix.device.type == "cpu" and X_BSL.shape[-2] >= _SMALLEST_SIDE_ALONE)
-        for piece in X_BSL.unbind() if alone else [X_BSL]:
-            piece.copy_(evaluate(piece, schedule))
+        _evaluate(X_BSL, schedule, evaluation)
     result_SL = X_BSL.to(matrix.dtype).view(wide_SL.shape)
     return result_SL.mT if tall else result_SL
 
@@ -104,6 +103,7 @@ def orthogonalize(
 def _iterated_dtype(
     matrix: Tensor, schedule: OrthogonalizationSchedule, dtype: torch.dtype | None, evaluation: str
 ) -> torch.dtype:
+    """Return the dtype of the iteration; refuse what cannot be iterated so."""
     if matrix.ndim < 2:
         raise GeometryError(f"orthogonalize takes matrices, (..., M, N), got shape {tuple(matrix.shape)}.")
     exact = not schedule.coefficients
@@ -123,11 +123,21 @@ def _iterated_dtype(
     return iterated
 
 
+def _evaluate(X_BSL: Tensor, schedule: OrthogonalizationSchedule, evaluation: str) -> None:
+    """Apply the polynomials in place: to one batch, or matrix by matrix where a matrix fills the cores."""
+    on_gram = evaluation == "gram" or (evaluation == "auto" and _gram_is_faster(X_BSL, schedule))
+    evaluated = _evaluated_on_gram if on_gram else _evaluated_directly
+    alone = len(X_BSL) == 1 or (X_BSL.device.type == "cpu" and X_BSL.shape[-2] >= _SMALLEST_SIDE_ALONE)
+    for piece in X_BSL.unbind() if alone else [X_BSL]:
+        piece.copy_(evaluated(piece, schedule))
+
+
 def _evaluated_directly(X: Tensor, schedule: OrthogonalizationSchedule) -> Tensor:
-    """Largest entry 1 or all zero; overwrites its argument."""
+    """Apply the polynomials to X (S, L) or (B, S, L), of largest entry 1 or all zero; overwrites its argument."""
     A = _normalized_gram(X, schedule)
     polynomial, other = torch.empty_like(A), torch.empty_like(X)
     for step, (a, b, c) in enumerate(schedule.coefficients):
+        # X <- a X + (b A + c A^2) X, with A = X X^T of this step.
         if step:
             gram(X, out=A)
         symmetric_polynomial(A, linear=b, square=c, out=polynomial)
@@ -137,14 +147,16 @@ def _evaluated_directly(X: Tensor, schedule: OrthogonalizationSchedule) -> Tenso
 
 
 def _evaluated_on_gram(X: Tensor, schedule: OrthogonalizationSchedule) -> Tensor:
-    """The same polynomials. P(A) and A commute, so their products are symmetric."""
+    """Apply the same polynomials by products of A alone: P(A) and A commute, so their products are symmetric."""
     A = _normalized_gram(X, schedule)
     product = A
     last = len(schedule.coefficients) - 1
     for step, (a, b, c) in enumerate(schedule.coefficients):
+        # P(A) = a I + b A + c A^2, multiplied up since X was last computed.
         polynomial = symmetric_polynomial(A, linear=b, square=c)
         polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
         product = polynomial if step in _FRESH_STEPS else symmetric_product(product, polynomial)
+        # X itself at the end, and where the next A is computed from it; else A <- P(A)^2 A.
         if step == last or step + 1 in _FRESH_STEPS:
             X = product @ X
         if step < last:
@@ -154,6 +166,7 @@ def _evaluated_on_gram(X: Tensor, schedule: OrthogonalizationSchedule) -> Tensor
 
 def _normalized_gram(X: Tensor, schedule: OrthogonalizationSchedule) -> Tensor:
     """Divide X by f in place and return X X^T. Both norms are read off X X^T, in float32 or better."""
+    # Frobenius norms of X, or of A, from A alone: its trace, or its own norm.
     A = gram(X)
     precision = torch.promote_types(A.dtype, torch.float32)
     if schedule.normalization == "gram":
@@ -166,12 +179,14 @@ def _normalized_gram(X: Tensor, schedule: OrthogonalizationSchedule) -> Tensor:
 
 
 def _gram_is_faster(X_BSL: Tensor, schedule: OrthogonalizationSchedule) -> bool:
+    """Return whether "gram" was measured to be faster here, and loses no digits that matter."""
     short, long = X_BSL.shape[-2:]
     fits = X_BSL.device.type == "cpu" and X_BSL.dtype != torch.bfloat16 and long >= 2 * short >= 256
     return fits and len(schedule.coefficients) <= 5
 
 
 def _decomposed(X_BSL: Tensor, precision: torch.dtype) -> Tensor:
+    """Return U V^T by a singular value decomposition, without directions whose singular value is rounding."""
     finite = X_BSL.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
     left, values_BS, right = torch.linalg.svd(torch.where(finite, X_BSL, 0), full_matrices=False)
     eps = max(torch.finfo(precision).eps, torch.finfo(X_BSL.dtype).eps)
@@ -180,5 +195,5 @@ def _decomposed(X_BSL: Tensor, precision: torch.dtype) -> Tensor:
 
 
 def _one_for_zero(norm: Tensor) -> Tensor:
-    """NaN is no zero."""
+    """Return the norm, 1 where it is 0. NaN stays NaN."""
     return torch.where(norm == 0, 1, norm)

@@ -1,4 +1,4 @@
-"""Which polynomials move singular values towards 1, from which norm, and where they were published.
+"""Polynomials that move singular values towards 1, the norms they start from, and where they were published.
 
 What each keeps of its promise in float32 and bfloat16 is measured in docs/reference/kernels.md.
 """
@@ -14,18 +14,18 @@ class OrthogonalizationSchedule(NamedTuple):
     """Odd quintic polynomials X <- a X + (b A + c A^2) X, A = X X^T, applied one after another to X = G / f."""
 
     coefficients: Coefficients
-    """(a, b, c) of each step. None at all: a singular value decomposition."""
+    """Coefficients (a, b, c) of each step. An empty tuple: a singular value decomposition."""
     source: str
-    """Where they were published, and what they promise."""
+    """Publication of the coefficients, and the interval that singular values come to."""
     normalization: Literal["frobenius", "gram"] = "frobenius"
-    """f = norm_margin * ||G||_F, or norm_margin * ||G G^T||_F^(1/2), the Schatten-4 norm, which is closer to the
-    largest singular value."""
+    """Norm that G is divided by: f = norm_margin * ||G||_F, or norm_margin * ||G G^T||_F^(1/2), the Schatten-4 norm,
+    which is closer to the largest singular value."""
     norm_margin: float = 1.0
     """Part of the same fit as the coefficients, as is the normalization: never change one alone."""
 
 
 def _with_safety(coefficients: Coefficients, factor: float) -> Coefficients:
-    """p(x / factor) in place of p(x) for all but the last, so that rounding cannot leave the interval of the next."""
+    """Put p(x / factor) in place of p(x) for all but the last, so that rounding stays in the interval of the next."""
     *earlier, last = coefficients
     return (*((a / factor, b / factor**3, c / factor**5) for a, b, c in earlier), last)
 

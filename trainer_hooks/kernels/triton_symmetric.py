@@ -1,6 +1,6 @@
 """A matrix product known to be symmetric, in Triton: upper tiles alone, each stored twice.
 
-Imported by trainer_hooks.kernels.symmetric when it is chosen there, and by nobody else. S = side of the result, L = the
+Imported by trainer_hooks.kernels.symmetric alone, when it is chosen there. S = side of the result, L = the
 side that is summed over, B = matrices in a batch.
 """
 
@@ -42,15 +42,18 @@ def _upper_tiles(  # type: ignore[no-untyped-def]  # Triton reads annotations as
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
+    # One program per tile and matrix; those below the diagonal have nothing to do.
     tile_row, tile_column = tl.program_id(0), tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     if tile_column < tile_row:
         return
+    # Addresses of the first (TILE, DEPTH) and (DEPTH, TILE) pieces of both arguments.
     rows = (tile_row * TILE + tl.arange(0, TILE)).to(tl.int64)
     columns = (tile_column * TILE + tl.arange(0, TILE)).to(tl.int64)
     depth = tl.arange(0, DEPTH).to(tl.int64)
     left = first + batch * first_batch + rows[:, None] * first_row + depth[None, :] * first_column
     right = second + batch * second_batch + depth[:, None] * second_row + columns[None, :] * second_column
+    # Sum over L in float32, without TF32.
     sums = tl.zeros((TILE, TILE), dtype=tl.float32)
     for start in range(0, L, DEPTH):
         inside = depth < L - start
@@ -59,16 +62,18 @@ def _upper_tiles(  # type: ignore[no-untyped-def]  # Triton reads annotations as
         sums = tl.dot(x, y, acc=sums, input_precision="ieee")
         left += DEPTH * first_column
         right += DEPTH * second_row
+    # scale * added + product_scale * sums.
     sums *= product_scale
     inside_result = (rows[:, None] < S) & (columns[None, :] < S)
     if HAS_ADDED:
-        place = added + batch * added_batch + rows[:, None] * added_row + columns[None, :] * added_column
-        sums += scale * tl.load(place, mask=inside_result, other=0.0).to(tl.float32)
-    found = sums.to(result.dtype.element_ty)
+        address = added + batch * added_batch + rows[:, None] * added_row + columns[None, :] * added_column
+        sums += scale * tl.load(address, mask=inside_result, other=0.0).to(tl.float32)
+    # Store the tile, and its mirror below the diagonal.
+    tile = sums.to(result.dtype.element_ty)
     base = result + batch * result_batch
-    tl.store(base + rows[:, None] * result_row + columns[None, :] * result_column, found, mask=inside_result)
+    tl.store(base + rows[:, None] * result_row + columns[None, :] * result_column, tile, mask=inside_result)
     if tile_row != tile_column:
-        tl.store(base + columns[None, :] * result_row + rows[:, None] * result_column, found, mask=inside_result)
+        tl.store(base + columns[None, :] * result_row + rows[:, None] * result_column, tile, mask=inside_result)
 
 
 def symmetric_multiply_add(
@@ -80,7 +85,7 @@ def symmetric_multiply_add(
     scale: float = 0.0,
     product_scale: float = 1.0,
 ) -> Tensor:
-    """result <- scale * added + product_scale * first @ second, which is symmetric; summed in float32.
+    """Let result <- scale * added + product_scale * first @ second, which is symmetric; summed in float32.
 
     Args:
         first: (B, S, L), any strides, one of DTYPES. float32 is multiplied in float32, not in TF32.
@@ -90,6 +95,7 @@ def symmetric_multiply_add(
         scale: of added.
         product_scale: of the product.
     """
+    # A grid of tiles by matrices. Without `added` the result stands in for its address, which is not read then.
     num_matrices, side, depth = first.shape
     tiles = triton.cdiv(side, _TILE)
     given = result if added is None else added

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from gns_controller.core.contract import Geometry, ParameterGroup
 from gns_controller.core.errors import GeometryError, InvalidInputError
-from trainer_hooks.optim.geometries_of import geometry_of
-from trainer_hooks.optim.kinds import kind_of
+from trainer_hooks.optim.known_optimizers import facts_of
+from trainer_hooks.optim.protocols import class_name_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def find_groups(
             to measure.
         InvalidInputError: `exclude` is not a regular expression.
     """
-    kinds = set(map(kind_of, optimizers))
+    kinds = set(map(class_name_of, optimizers))
     strangers = sorted(set(geometries or {}) - kinds)
     if strangers:
         raise GeometryError(f"geometries names {strangers}, and the optimizers are {', '.join(sorted(kinds))}.")
@@ -95,9 +95,9 @@ def find_groups(
     names = {id(parameter): name.removeprefix("module.") for name, parameter in model.named_parameters()}
     found: dict[tuple[str, Geometry], tuple[list[Tensor], list[dict[str, Any]]]] = {}
     for optimizer in optimizers:
-        kind = kind_of(optimizer)
+        kind = class_name_of(optimizer)
         for param_group in optimizer.param_groups:
-            known = (geometries or {}).get(kind) or geometry_of(kind, param_group)
+            known = (geometries or {}).get(kind) or facts_of(optimizer, param_group).geometry
             if known is None:
                 raise GeometryError(
                     f"the geometry of optimizer {kind} is not known; give "

@@ -31,6 +31,7 @@ from trainer_hooks.measurement.gradient_check import check_gradients
 from trainer_hooks.measurement.group_reader import GroupReader
 from trainer_hooks.measurement.groups import MeasuredGroup, thinned
 from trainer_hooks.measurement.requirements import Requirements
+from trainer_hooks.optim.protocols import halves_user
 
 logger = logging.getLogger(__name__)
 
@@ -378,8 +379,8 @@ class MeasurementScheduler:
 
 
 def _parameters_with_halves(optimizers: Sequence[torch.optim.Optimizer]) -> set[Tensor]:
-    wanting = [optimizer for optimizer in optimizers if getattr(optimizer, "wants_halves", False)]
-    groups = [group for optimizer in wanting for group in optimizer.param_groups]
+    users = [user for user in map(halves_user, optimizers) if user is not None]
+    groups = [group for user in users for group in user.param_groups]
     return {p for group in groups if group.get("update_bias_correction", True) for p in group["params"]}
 
 

@@ -5,7 +5,8 @@ from trainer_hooks.optim.asgo import ASGO
 from trainer_hooks.optim.eshampoo import EShampoo
 from trainer_hooks.optim.grouping.parameter_groups import ParameterGroups, parameter_groups
 from trainer_hooks.optim.grouping.roles import check_ownership
-from trainer_hooks.optim.grouping.width_transfer import TransferRule, base_shapes_of
+from trainer_hooks.optim.grouping.width_transfer import base_shapes_of
+from trainer_hooks.optim.known_optimizers import TransferRule
 from trainer_hooks.optim.muon import Muon
 from trainer_hooks.optim.outer import SNOO, Lookahead
 from trainer_hooks.optim.scion import Scion

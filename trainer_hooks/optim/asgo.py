@@ -6,31 +6,37 @@ M = rows, N = columns, S = the shorter side, L = the longer one, B = matrices of
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gns_controller.core.errors import InvalidInputError
 from trainer_hooks.optim.engine.kronecker_factors import (
-    average,
-    average_grams,
+    accumulate,
+    accumulate_grams,
     check_betas,
     in_working_dtype,
     inverse_roots,
-    kept,
-    stacked,
+    rescaled_to_rms,
+    stack_buffers,
+    state_buffers,
     where_finite,
-    with_rms,
 )
 from trainer_hooks.optim.engine.matrices import MatrixState
 from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
-from trainer_hooks.optim.engine.update import Decay, check_settings
+from trainer_hooks.optim.engine.options import FactorOptions, MatrixOptions
+from trainer_hooks.optim.engine.update import check_settings
+from trainer_hooks.optim.known_optimizers import OptimizerFacts
 
 
 class ASGO(MatrixOptimizer):
     """Momentum times the inverse square root of the gradient's averaged Gram matrix, on the shorter side.
+
+    ASGO whitens a gradient: it averages the matrix of inner products of the gradient's rows (or columns, where these
+    are fewer) and multiplies the momentum by the inverse root of that average, so that directions in which gradients
+    have been large become small steps and the other way round. It is Shampoo with one of its two factors, so it needs
+    less memory and one root per matrix, which is computed at every step.
 
         V <- beta2 V + (1 - beta2) G G^T  (G^T G of a tall matrix)        m <- beta1 m + (1 - beta1) G
         U = (V + e)^(-1/2) m  (m (V + e)^(-1/2))        W <- W (1 - lr weight_decay) - lr 0.2 (M N)^(1/2) U / |U|
@@ -39,7 +45,7 @@ class ASGO(MatrixOptimizer):
     it is Muon's, 0.2 max(M, N)^(1/2) times the orthogonal factor of the gradient.
 
     Args:
-        params: matrices, or groups of them. Give embeddings, heads, norms and biases to AdamW. A group may say
+        params: matrices, or groups of them. Give embeddings, heads, norms and biases to AdamW. A group may set
             split_sizes (rows of fused projections), num_heads (each head by itself) and batched (stacked experts).
         lr: AdamW's own fits.
         betas: of m and of V, in [0, 1).
@@ -47,14 +53,10 @@ class ASGO(MatrixOptimizer):
         method: of the root, which is computed at every step: "polar_express" by products, as published, or "eigh",
             exact.
         weight_decay: times lr, or times lr over the first lr: see decay.
-        decay: "decoupled" or "independent".
-        cautious: decay only entries that the update moves towards zero.
-        maximize: ascend.
-        spectral_normalization: give every update a spectral norm of (M / N)^(1/2), so that lr transfers over widths.
-        process_group: ranks that hold copies of the same plain parameters (DDP) and share the work. DTensors need none.
+        options: decay, cautious, maximize, process_group and spectral_normalization; see FactorOptions.
 
     Raises:
-        GeometryError: a parameter is no matrix, or its splits do not fit.
+        GeometryError: a parameter is not a matrix, or its splits do not fit.
         InvalidInputError: a setting out of range.
 
     State: V and m in float32 (float64 beside float64), on the owner of the matrix. Where V has no finite root, the
@@ -62,7 +64,10 @@ class ASGO(MatrixOptimizer):
     Source: arXiv:2503.20762 and its code, whose epsilon of 1e-10 is absolute.
     """
 
-    averages: ClassVar[tuple[str, ...]] = ("betas",)
+    facts: ClassVar[OptimizerFacts] = OptimizerFacts(
+        geometry="spectral", learning_rate_coupling="sqrt", averaged_settings=("betas",)
+    )
+    _allowed_options: ClassVar[type[MatrixOptions]] = FactorOptions
     owns_state: ClassVar[bool] = True
 
     def __init__(
@@ -74,11 +79,7 @@ class ASGO(MatrixOptimizer):
         epsilon: float = 1e-6,
         method: Literal["eigh", "polar_express"] = "polar_express",
         weight_decay: float = 0.1,
-        decay: Decay = "decoupled",
-        cautious: bool = False,
-        maximize: bool = False,
-        spectral_normalization: bool = False,
-        process_group: dist.ProcessGroup | None = None,
+        **options: Unpack[FactorOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -86,12 +87,8 @@ class ASGO(MatrixOptimizer):
             "epsilon": epsilon,
             "method": method,
             "weight_decay": weight_decay,
-            "decay": decay,
-            "cautious": cautious,
-            "maximize": maximize,
-            "spectral_normalization": spectral_normalization,
         }
-        super().__init__(params, defaults, process_group=process_group)
+        super().__init__(params, defaults, options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -108,16 +105,18 @@ class ASGO(MatrixOptimizer):
         grads_BMN = in_working_dtype(matrices_BMN)
         rows, columns = grads_BMN.shape[-2:]
         beta1, beta2 = group["betas"]
+        # V of the shorter side, (S, S) per matrix, and its inverse square root.
         side = min(rows, columns)
-        factors = kept(states, "factor", grads_BMN, side, side)
-        average_grams(factors, grads_BMN if rows == side else grads_BMN.mT, beta2)
+        factors = state_buffers(states, "factor", grads_BMN, side, side)
+        accumulate_grams(factors, grads_BMN if rows == side else grads_BMN.mT, beta2)
         roots_BSS = inverse_roots(
             torch.stack(factors), exponent=0.5, epsilon=group["epsilon"], relative=True, method=group["method"]
         )
         roots_BSS = where_finite(roots_BSS, torch.eye(side, dtype=roots_BSS.dtype, device=roots_BSS.device))
+        # The momentum, multiplied by the root on that side, at an RMS of 0.2.
         momenta_BMN = grads_BMN
         if beta1:
-            average(kept(states, "momentum", grads_BMN), grads_BMN, beta1)
-            momenta_BMN = stacked(states, "momentum")
+            accumulate(state_buffers(states, "momentum", grads_BMN), grads_BMN, beta1)
+            momenta_BMN = stack_buffers(states, "momentum")
         updates_BMN = roots_BSS @ momenta_BMN if rows == side else momenta_BMN @ roots_BSS
-        return with_rms(updates_BMN, 0.2)
+        return rescaled_to_rms(updates_BMN, 0.2)

@@ -5,36 +5,47 @@ M = rows, N = columns, S = side of a factor, B = matrices of one shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Unpack
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from trainer_hooks.kernels import eigenbasis, needs_refresh, refreshed_basis
 from trainer_hooks.optim.engine.kronecker_factors import (
     FactoredOptimizer,
-    average,
-    average_grams,
+    accumulate,
+    accumulate_grams,
+    bias_correction,
     check_betas,
     check_counts,
-    correction,
     in_working_dtype,
-    is_due,
-    kept,
-    replace,
-    stacked,
+    is_refresh_due,
+    stack_buffers,
+    state_buffers,
+    store,
     where_finite,
 )
 from trainer_hooks.optim.engine.matrices import MatrixState
-from trainer_hooks.optim.engine.update import Decay, check_settings
+from trainer_hooks.optim.engine.options import FactorOptions
+from trainer_hooks.optim.engine.update import check_settings
+from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
 
 _SIDES = ("left", "right")
 
 
+def _facts_by_block(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a transfer rule that counts the blocks of a matrix."""
+    return {"transfer_rule": TransferRule("soap", block_size=settings["max_preconditioner_dim"])}
+
+
 class EShampoo(FactoredOptimizer):
     """Shampoo with corrected eigenvalues: second moments measured in the factors' eigenbasis, so nothing is grafted.
+
+    EShampoo looks at a gradient matrix in the coordinates in which the entries of past gradients were uncorrelated, the
+    eigenvectors of its averaged Gram matrices, and runs Adam there: every coordinate gets a step of its own. The
+    coordinates turn slowly, so they are computed anew only when they no longer fit, and the averages of Adam are
+    carried into the new ones.
 
         L <- beta2 L + (1 - beta2) G G^T        R <- beta2 R + (1 - beta2) G^T G
         G' = Q_L^T G Q_R        m <- beta1 m + (1 - beta1) G'        D <- beta2 D + (1 - beta2) G'^2, entry by entry
@@ -52,7 +63,7 @@ class EShampoo(FactoredOptimizer):
     the sum of D, the mean squared gradient, is kept; where P only reorders or flips eigenvectors, D is reordered.
 
     Args:
-        params: matrices, or groups of them. Give embeddings, heads, norms and biases to AdamW. A group may say
+        params: matrices, or groups of them. Give embeddings, heads, norms and biases to AdamW. A group may set
             split_sizes (rows of fused projections), num_heads (each head by itself) and batched (stacked experts).
         lr: AdamW's own.
         betas: of the momentum, and of factors and second moments, in [0, 1).
@@ -66,14 +77,10 @@ class EShampoo(FactoredOptimizer):
             would divide rounding by rounding.
         max_preconditioner_dim: larger matrices are cut into blocks of at most this side, each with its own factors.
         weight_decay: times lr, or times lr over the first lr: see decay.
-        decay: "decoupled" or "independent".
-        cautious: decay only entries that the update moves towards zero.
-        maximize: ascend.
-        spectral_normalization: give every update a spectral norm of (M / N)^(1/2), so that lr transfers over widths.
-        process_group: ranks that hold copies of the same plain parameters (DDP) and share the work. DTensors need none.
+        options: decay, cautious, maximize, process_group and spectral_normalization; see FactorOptions.
 
     Raises:
-        GeometryError: a parameter is no matrix, or its splits do not fit.
+        GeometryError: a parameter is not a matrix, or its splits do not fit.
         InvalidInputError: a setting out of range.
 
     State: L, R, Q_L, Q_R, m and D in float32 (float64 beside float64), on the owner of the matrix, and refreshes, how
@@ -81,7 +88,12 @@ class EShampoo(FactoredOptimizer):
     Source: arXiv:2506.03595; m and D carried over are ours: the source keeps D of the old basis as it is.
     """
 
-    averages: ClassVar[tuple[str, ...]] = ("betas",)
+    facts: ClassVar[OptimizerFacts] = OptimizerFacts(
+        geometry="spectral",
+        learning_rate_coupling="sqrt",
+        averaged_settings=("betas",),
+        by_settings=_facts_by_block,
+    )
 
     def __init__(
         self,
@@ -96,11 +108,7 @@ class EShampoo(FactoredOptimizer):
         start_preconditioning_step: int = 2,
         max_preconditioner_dim: int = 1024,
         weight_decay: float = 0.0,
-        decay: Decay = "decoupled",
-        cautious: bool = False,
-        maximize: bool = False,
-        spectral_normalization: bool = False,
-        process_group: dist.ProcessGroup | None = None,
+        **options: Unpack[FactorOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -112,12 +120,8 @@ class EShampoo(FactoredOptimizer):
             "start_preconditioning_step": start_preconditioning_step,
             "max_preconditioner_dim": max_preconditioner_dim,
             "weight_decay": weight_decay,
-            "decay": decay,
-            "cautious": cautious,
-            "maximize": maximize,
-            "spectral_normalization": spectral_normalization,
         }
-        super().__init__(params, defaults, process_group=process_group)
+        super().__init__(params, defaults, options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -130,26 +134,29 @@ class EShampoo(FactoredOptimizer):
         grads_BMN = in_working_dtype(matrices_BMN)
         rows, columns = grads_BMN.shape[-2:]
         beta1, beta2 = group["betas"]
-        average_grams(kept(states, "left", grads_BMN, rows, rows), grads_BMN, beta2)
-        average_grams(kept(states, "right", grads_BMN, columns, columns), grads_BMN.mT, beta2)
-        momenta = kept(states, "momentum", grads_BMN)
-        second_moments = kept(states, "second_moment", grads_BMN)
+        # Factors L (M, M) and R (N, N), and everything else that a checkpoint is read into.
+        accumulate_grams(state_buffers(states, "left", grads_BMN, rows, rows), grads_BMN, beta2)
+        accumulate_grams(state_buffers(states, "right", grads_BMN, columns, columns), grads_BMN.mT, beta2)
+        momenta = state_buffers(states, "momentum", grads_BMN)
+        second_moments = state_buffers(states, "second_moment", grads_BMN)
         _begin(states)
-        if is_due(step, group):
+        if is_refresh_due(step, group):
             _refresh(states, group, is_first=step == group["start_preconditioning_step"])
+        # The gradient in the eigenbases, and Adam's update there.
         rotated = step >= group["start_preconditioning_step"]
         if rotated:
-            left_BMM, right_BNN = (stacked(states, f"{side}_basis") for side in _SIDES)
+            left_BMM, right_BNN = (stack_buffers(states, f"{side}_basis") for side in _SIDES)
             grads_BMN = left_BMM.mT @ grads_BMN @ right_BNN
-        average(momenta, grads_BMN, beta1)
-        average(second_moments, grads_BMN.square(), beta2)
-        denominators_BMN = torch.stack(second_moments).div_(correction(beta2, step)).sqrt_().add_(group["epsilon"])
-        updates_BMN = torch.stack(momenta).div_(denominators_BMN).div_(correction(beta1, step))
+        accumulate(momenta, grads_BMN, beta1)
+        accumulate(second_moments, grads_BMN.square(), beta2)
+        denominators_BMN = torch.stack(second_moments).div_(bias_correction(beta2, step)).sqrt_().add_(group["epsilon"])
+        updates_BMN = torch.stack(momenta).div_(denominators_BMN).div_(bias_correction(beta1, step))
+        # The update in the matrix's own coordinates.
         return left_BMM @ updates_BMN @ right_BNN.mT if rotated else updates_BMN
 
 
 def _begin(states: Sequence[MatrixState]) -> None:
-    """Bases are there from the first step on, because checkpoints are read into what the first step has made."""
+    """Make the bases at the first step, because checkpoints are read into what the first step has made."""
     for state in states:
         if "refreshes" not in state:
             for side in _SIDES:
@@ -159,34 +166,38 @@ def _begin(states: Sequence[MatrixState]) -> None:
 
 def _refresh(states: Sequence[MatrixState], group: dict[str, Any], *, is_first: bool) -> None:
     """Replace the bases that do not fit any more, and carry over what was measured in them."""
+    # The criterion decides by side and matrix; at the start every basis is new.
     stale = [[True] * len(states)] * 2 if is_first else _stale(states, group["tolerance"])
     for number, side in enumerate(_SIDES):
         chosen = [state for state, is_stale in zip(states, stale[number], strict=True) if is_stale]
         if not chosen:
             continue
-        factors_BSS, previous_BSS = stacked(chosen, side), stacked(chosen, f"{side}_basis")
+        # Eigenvectors afresh, or the old ones improved by QR steps; those that are not finite stay as they were.
+        factors_BSS, previous_BSS = stack_buffers(chosen, side), stack_buffers(chosen, f"{side}_basis")
         if is_first or not group["qr_iterations"]:
-            found_BSS = eigenbasis(factors_BSS)
+            bases_BSS = eigenbasis(factors_BSS)
         else:
-            found_BSS = refreshed_basis(
+            bases_BSS = refreshed_basis(
                 factors_BSS, previous_BSS, tolerance=group["tolerance"], max_iterations=group["qr_iterations"]
             ).basis
-        _turn(chosen, side, previous_BSS, where_finite(found_BSS, previous_BSS))
+        _turn(chosen, side, previous_BSS, where_finite(bases_BSS, previous_BSS))
         torch._foreach_add_([state["refreshes"][number] for state in chosen], 1)
 
 
 def _stale(states: Sequence[MatrixState], tolerance: float) -> list[list[bool]]:
-    """Which bases fail the criterion, by side and matrix. The one copy to the host."""
-    failing = [needs_refresh(stacked(states, side), stacked(states, f"{side}_basis"), tolerance) for side in _SIDES]
-    found: list[list[bool]] = torch.stack(failing).tolist()
-    return found
+    """Return which bases fail the criterion, by side and matrix. This is the one copy to the host."""
+    failing = [
+        needs_refresh(stack_buffers(states, side), stack_buffers(states, f"{side}_basis"), tolerance) for side in _SIDES
+    ]
+    stale: list[list[bool]] = torch.stack(failing).tolist()
+    return stale
 
 
-def _turn(states: Sequence[MatrixState], side: str, previous_BSS: Tensor, found_BSS: Tensor) -> None:
+def _turn(states: Sequence[MatrixState], side: str, previous_BSS: Tensor, bases_BSS: Tensor) -> None:
     """Take another basis, and carry momentum and second moments into it."""
-    replace(states, f"{side}_basis", found_BSS)
-    turn_BSS = found_BSS.mT @ previous_BSS
+    store(states, f"{side}_basis", bases_BSS)
+    turn_BSS = bases_BSS.mT @ previous_BSS  # P of the class: old coordinates to new ones
     for name, matrix_BSS in (("momentum", turn_BSS), ("second_moment", turn_BSS.square())):
-        kept_BMN = stacked(states, name)
-        carried_BMN = matrix_BSS @ kept_BMN if side == "left" else kept_BMN @ matrix_BSS.mT
+        old_BMN = stack_buffers(states, name)
+        carried_BMN = matrix_BSS @ old_BMN if side == "left" else old_BMN @ matrix_BSS.mT
         torch._foreach_copy_([state[name] for state in states], list(carried_BMN.unbind()))

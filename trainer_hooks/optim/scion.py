@@ -5,12 +5,11 @@ M = rows, N = columns, B = matrices of one shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod, sqrt
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Unpack, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -18,8 +17,9 @@ from gns_controller.core.errors import GeometryError, InvalidInputError
 from trainer_hooks.kernels import NEWTON_SCHULZ_5, OrthogonalizationSchedule, orthogonalize
 from trainer_hooks.optim.engine.matrices import MatrixState
 from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
-from trainer_hooks.optim.engine.norms import safe_rms
-from trainer_hooks.optim.engine.update import check_settings, gradient_of, state_block
+from trainer_hooks.optim.engine.options import MatrixOptions
+from trainer_hooks.optim.engine.update import check_settings, gradient_of, safe_rms, state_block
+from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
 from trainer_hooks.optim.muon import check_iteration
 
 Norm = Literal["spectral", "sign", "row", "column", "bias_rms"]
@@ -33,8 +33,25 @@ bias_rms   g over its RMS                          biases and other vectors
 """
 
 
+def _facts_by_norm(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the row's fields that the norm of a group changes: only the spectral norm is spectral.
+
+    "sign" is sign exactly; "row", "column" and "bias_rms" move all entries by about as much, and of the geometries
+    there are, sign is the closest.
+    """
+    norm = settings["norm"]
+    if norm == "spectral":
+        return {}
+    return {"geometry": "sign", "update_scale": "none", "normalizes_rows": norm in ("row", "column")}
+
+
 class Scion(MatrixOptimizer):
-    """A linear minimization oracle of an averaged gradient, per group.
+    """Linear minimization oracle of an averaged gradient, with a norm per group.
+
+    Scion averages gradients, and steps towards the point of a norm ball that lies farthest along the average. The norm
+    fits what a parameter does: hidden matrices are orthogonalized as by Muon, embeddings are normalized row by row,
+    the output layer follows signs, vectors are divided by their size. So one optimizer serves the whole model, and a
+    learning rate means the same in every layer and at every width.
 
         d <- beta d + (1 - beta) g
         w <- (1 - lr weight_decay) w - lr scale P(d)        P: see Norm
@@ -43,7 +60,7 @@ class Scion(MatrixOptimizer):
     ball of radius `scale` stay in it (lr <= 1), as far as the orthogonalization is exact. 0 is the unconstrained form.
 
     Args:
-        params: parameters, or groups with norm and scale of their own. A matrix's group may say split_sizes, num_heads
+        params: parameters, or groups with norm and scale of their own. A matrix's group may set split_sizes, num_heads
             and batched.
         lr: part of the way to the ball's surface.
         momentum: beta in [0, 1), an average; one minus the reference's `momentum`. Kept in the parameter's dtype and
@@ -51,10 +68,9 @@ class Scion(MatrixOptimizer):
         norm: see Norm. Rows of a table that is sharded by rows, or not at all, and signs are taken where they lie.
         scale: radius of the ball. The reference has 50 for spectral and 3000 for sign.
         weight_decay: 1 or 0; other values make the radius scale / weight_decay.
-        maximize: ascend.
-        schedule: polynomials of the orthogonalization, whose accuracy docs/reference/kernels.md tells.
+        schedule: polynomials of the orthogonalization; docs/reference/kernels.md has their accuracy.
         dtype: of the iteration. None: the parameter's own.
-        process_group: ranks that hold copies of the same plain parameters (DDP) and share the work. DTensors need none.
+        options: maximize and process_group; see MatrixOptions.
 
     Raises:
         GeometryError: a norm that a parameter cannot have, or splits that do not fit.
@@ -65,7 +81,18 @@ class Scion(MatrixOptimizer):
         where gradients are small, down to the least normal number of their dtype.
     """
 
-    averages: ClassVar[tuple[str, ...]] = ("momentum",)
+    _allowed_options: ClassVar[type[MatrixOptions]] = MatrixOptions
+    facts: ClassVar[OptimizerFacts] = OptimizerFacts(
+        geometry="spectral",
+        learning_rate_coupling="sqrt",
+        averaged_settings=("momentum",),
+        momentum="average",
+        momentum_key="momentum",
+        transfer_rule=TransferRule("spectral"),
+        update_scale="spectral",
+        decay_follows_width=False,  # it holds the weights in a ball, whose norm accounts for the width
+        by_settings=_facts_by_norm,
+    )
 
     def __init__(
         self,
@@ -76,10 +103,9 @@ class Scion(MatrixOptimizer):
         norm: Norm = "spectral",
         scale: float = 1.0,
         weight_decay: float = 1.0,
-        maximize: bool = False,
         schedule: OrthogonalizationSchedule = NEWTON_SCHULZ_5,
         dtype: torch.dtype | None = torch.bfloat16,
-        process_group: dist.ProcessGroup | None = None,
+        **options: Unpack[MatrixOptions],
     ) -> None:
         self._schedule, self._dtype = schedule, dtype
         defaults = {
@@ -89,9 +115,8 @@ class Scion(MatrixOptimizer):
             "scale": scale,
             "weight_decay": weight_decay,
             "decay": "decoupled",
-            "maximize": maximize,
         }
-        super().__init__(params, defaults, process_group=process_group)
+        super().__init__(params, defaults, options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -107,30 +132,35 @@ class Scion(MatrixOptimizer):
         norm = group["norm"]
         if norm not in get_args(Norm):
             raise InvalidInputError(f"Scion has no norm={norm!r}; there are {', '.join(get_args(Norm))}.")
+        # Signs are for anything, bias_rms for vectors alone, the others for matrices.
         is_vector = parameter.ndim < 2
         if norm != "sign" and is_vector != (norm == "bias_rms"):
-            wanted = "'bias_rms' or 'sign'" if is_vector else "'spectral', 'sign', 'row' or 'column'"
+            fitting = "'bias_rms' or 'sign'" if is_vector else "'spectral', 'sign', 'row' or 'column'"
             raise GeometryError(
                 f"Scion: a parameter of shape {tuple(parameter.shape)} cannot have norm={norm!r}; give its group "
-                f"norm={wanted}."
+                f"norm={fitting}."
             )
         if norm != "sign" and not is_vector:
             super()._check_parameter(parameter, group)
 
     def _step(self) -> None:
+        # Parameters that one rank needs whole: matrices, and rows that are cut between ranks.
         super()._step()
+        # The others, on every rank where their blocks lie.
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None and not self._needs_whole(p, group)]
             averages = self._directions(parameters, group) if parameters else []
-            updates = [_nearby(average, p, group) for average, p in zip(averages, parameters, strict=True)]
+            updates = [_local_update(average, p, group) for average, p in zip(averages, parameters, strict=True)]
             self._apply(parameters, [update.mul_(group["scale"]) for update in updates], group)
 
     def _needs_whole(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        # Singular values and columns cross the blocks of a sharded matrix; signs and rows that are not cut do not.
         norm = group["norm"]
         if norm in ("spectral", "column"):
             return True
         if norm == "sign" or not isinstance(parameter, DTensor):
             return False
+        # Dims in front of those that make a row may be cut, counted from either end.
         num_cuttable = parameter.ndim - len(_row_shape(parameter, group))
         cuttable = [*range(num_cuttable), *range(-parameter.ndim, num_cuttable - parameter.ndim)]
         return not all(
@@ -160,8 +190,8 @@ class Scion(MatrixOptimizer):
         return super()._cost(parameter, group) if group["norm"] == "spectral" else float(parameter.numel())
 
 
-def _nearby(average: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-    """P of a block that holds whole rows, or any part if the norm is sign."""
+def _local_update(average: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return P of a block that holds whole rows, or any part if the norm is sign."""
     row_shape = _row_shape(parameter, group)
     if group["norm"] == "sign":
         return average.sign().div_(prod(row_shape) if parameter.ndim > 1 else 1)
@@ -169,12 +199,13 @@ def _nearby(average: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor
 
 
 def _row_shape(parameter: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
-    """The dims that make one row, or all of a vector."""
+    """Return the dims that make one row, or all of a vector."""
     if parameter.ndim < 2:
         return tuple(parameter.shape)
     return tuple(parameter.shape[-1:] if group["batched"] else parameter.shape[1:])
 
 
 def _over_rms(matrices: Tensor, *, dim: int) -> Tensor:
+    """Divide by the root mean square along one dim; zero stays zero."""
     sizes = safe_rms(matrices, dim=dim)
     return (matrices / torch.where(sizes == 0, 1, sizes)).to(matrices.dtype)

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from gns_controller.core.errors import InvalidInputError
-from trainer_hooks.optim.engine.optimizer import Stepping
+from trainer_hooks.optim.engine.optimizer import BaseOptimizer
 from trainer_hooks.optim.engine.update import Decay, blocks_of, check_settings, descend, gradient_of, state_block
+from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
 
 
-class Signum(Stepping):
+class Signum(BaseOptimizer):
     """Sign of an exponential average of gradients.
+
+    Signum averages gradients and moves every entry of the weights by the same amount, against the sign of its average.
+    The size of a gradient does not matter, only its direction, entry by entry: a step is like one of AdamW where
+    gradients are steady.
 
         m <- beta m + (1 - beta) g        w <- w (1 - lr weight_decay) - lr sign(m)
 
@@ -34,7 +39,16 @@ class Signum(Stepping):
     Source: Bernstein et al. 2018, arXiv:1802.04434 (with decoupled decay).
     """
 
-    averages: ClassVar[tuple[str, ...]] = ("momentum",)
+    facts: ClassVar[OptimizerFacts] = OptimizerFacts(
+        geometry="sign",
+        learning_rate_coupling="sqrt",
+        averaged_settings=("momentum",),
+        momentum="average",
+        momentum_key="momentum",
+        transfer_rule=TransferRule("adam"),
+    )
+
+    _same_checkpoints: ClassVar[frozenset[str]] = frozenset(("SignSGD",))
 
     def __init__(
         self,
@@ -55,11 +69,13 @@ class Signum(Stepping):
 
     def _step(self) -> None:
         for group in self.param_groups:
+            # Entry by entry, so every rank steps the blocks that it holds.
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             directions = self._averaged(parameters, group)
             descend(blocks_of(parameters), list(torch._foreach_sign(directions)) if directions else [], group)
 
     def _averaged(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Return the averages with this step's gradients in them, or the gradients themselves without momentum."""
         grads = [gradient_of(parameter, group) for parameter in parameters]
         if not group["momentum"] or not parameters:
             return grads
@@ -69,7 +85,10 @@ class Signum(Stepping):
 
 
 class SignSGD(Signum):
-    """Sign of the gradient.
+    """Sign of the gradient, without any state.
+
+    SignSGD moves every entry of the weights by the same amount, against the sign of its gradient. It is Signum without
+    the average.
 
         w <- w (1 - lr weight_decay) - lr sign(g)
 
@@ -98,6 +117,7 @@ class SignSGD(Signum):
         super().__init__(params, lr, momentum=0.0, weight_decay=weight_decay, decay=decay, maximize=maximize)
 
     def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        """Refuse also Signum's checkpoints with a momentum."""
         super()._check_checkpoint(state_dict)
         momenta = [group["momentum"] for group in state_dict["param_groups"]]
         if any(momenta):

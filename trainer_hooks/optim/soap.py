@@ -6,36 +6,46 @@ M = rows, N = columns, S = side of a factor, B = matrices of one shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from trainer_hooks.kernels import eigenbasis
 from trainer_hooks.optim.engine.kronecker_factors import (
     FactoredOptimizer,
-    average,
-    average_grams,
+    accumulate,
+    accumulate_grams,
+    bias_correction,
     check_betas,
-    correction,
     in_working_dtype,
-    kept,
-    replace,
-    stacked,
+    stack_buffers,
+    state_buffers,
+    store,
     update_cost,
     where_finite,
 )
 from trainer_hooks.optim.engine.matrices import MatrixState
-from trainer_hooks.optim.engine.update import Decay, check_settings
+from trainer_hooks.optim.engine.options import FactorOptions
+from trainer_hooks.optim.engine.update import check_settings
+from trainer_hooks.optim.known_optimizers import OptimizerFacts, TransferRule
 
 _SIDES = ("left", "right")
 
 
+def _facts_by_side(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a transfer rule that leaves out sides that are not rotated."""
+    return {"transfer_rule": TransferRule("soap", largest_side=settings["max_preconditioner_dim"])}
+
+
 class SOAP(FactoredOptimizer):
     """Adam on the gradient rotated into eigenbases of its averaged Gram matrices.
+
+    SOAP runs Adam in the coordinates that Shampoo would precondition in: the eigenvectors of the averaged Gram matrices
+    of the gradient's rows and columns. They are followed by one power iteration every few steps, which is much cheaper
+    than to compute them anew. Its updates have the size of Adam's, so nothing is grafted.
 
         G' = Q_L^T G Q_R        m <- beta1 m + (1 - beta1) G'        v <- beta2 v + (1 - beta2) G'^2, entry by entry
         U = m / (v^(1/2) + epsilon) (1 - beta2^t)^(1/2) / (1 - beta1^t)
@@ -57,7 +67,7 @@ class SOAP(FactoredOptimizer):
     which is 1 for equal betas. Until the first refresh it changes nothing.
 
     Args:
-        params: matrices, or groups of them. Give embeddings, heads, norms and biases to AdamW. A group may say
+        params: matrices, or groups of them. Give embeddings, heads, norms and biases to AdamW. A group may set
             split_sizes (rows of fused projections), num_heads (each head by itself) and batched (stacked experts).
         lr: AdamW's own, or somewhat more.
         betas: of the momentum and of the second moments, in [0, 1).
@@ -67,14 +77,10 @@ class SOAP(FactoredOptimizer):
         max_preconditioner_dim: sides longer than this are not rotated.
         guard: bound the entries of U. False: as published.
         weight_decay: times lr, or times lr over the first lr: see decay. After the step, as published, unless cautious.
-        decay: "decoupled" or "independent".
-        cautious: decay only entries that the update moves towards zero, before the step.
-        maximize: ascend.
-        spectral_normalization: give every update a spectral norm of (M / N)^(1/2), so that lr transfers over widths.
-        process_group: ranks that hold copies of the same plain parameters (DDP) and share the work. DTensors need none.
+        options: decay, cautious, maximize, process_group and spectral_normalization; see FactorOptions.
 
     Raises:
-        GeometryError: a parameter is no matrix, or its splits do not fit.
+        GeometryError: a parameter is not a matrix, or its splits do not fit.
         InvalidInputError: a setting out of range.
 
     State: L, R, Q_L, Q_R, m and v in float32 (float64 beside float64), on the owner of the matrix. What cannot be
@@ -82,7 +88,12 @@ class SOAP(FactoredOptimizer):
     Source: arXiv:2409.11321 and its code. Ours: the guard, and a refresh after a batch change.
     """
 
-    averages: ClassVar[tuple[str, ...]] = ("betas", "shampoo_beta")
+    facts: ClassVar[OptimizerFacts] = OptimizerFacts(
+        geometry="spectral",
+        learning_rate_coupling="sqrt",
+        averaged_settings=("betas", "shampoo_beta"),
+        by_settings=_facts_by_side,
+    )
 
     def __init__(
         self,
@@ -96,11 +107,7 @@ class SOAP(FactoredOptimizer):
         max_preconditioner_dim: int = 10000,
         guard: bool = True,
         weight_decay: float = 0.01,
-        decay: Decay = "decoupled",
-        cautious: bool = False,
-        maximize: bool = False,
-        spectral_normalization: bool = False,
-        process_group: dist.ProcessGroup | None = None,
+        **options: Unpack[FactorOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -111,12 +118,8 @@ class SOAP(FactoredOptimizer):
             "max_preconditioner_dim": max_preconditioner_dim,
             "guard": guard,
             "weight_decay": weight_decay,
-            "decay": decay,
-            "cautious": cautious,
-            "maximize": maximize,
-            "spectral_normalization": spectral_normalization,
         }
-        super().__init__(params, defaults, process_group=process_group)
+        super().__init__(params, defaults, options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -136,13 +139,15 @@ class SOAP(FactoredOptimizer):
     def _updates(self, matrices_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], step: int) -> Tensor:
         grads_BMN = in_working_dtype(matrices_BMN)
         num_updates = step - 1
+        # The first step makes the state, which checkpoints are read into; the others run Adam between the eigenbases.
         if num_updates == 0:
             updates_BMN = torch.zeros_like(grads_BMN)
-            kept(states, "momentum", grads_BMN)  # all there is from the first step on: checkpoints go by it
-            kept(states, "second_moment", grads_BMN)
+            state_buffers(states, "momentum", grads_BMN)
+            state_buffers(states, "second_moment", grads_BMN)
         else:
             rotated_BMN = _adam(_turned(grads_BMN, states), states, group, num_updates)
             updates_BMN = _turned(rotated_BMN, states, back=True)
+        # The factors see the gradient after the update, and the bases follow the factors.
         _observe(grads_BMN, states, group)
         if num_updates == 0:
             _begin(states)
@@ -152,11 +157,13 @@ class SOAP(FactoredOptimizer):
 
     def _apply(self, parameters: Sequence[Tensor], updates: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Step, then decay. The first gradient of a parameter does neither."""
+        # A first step at lr 0, which torch takes to make the state, is not counted.
         moves = [int(self.state[parameter]["step"]) > 1 for parameter in parameters]
         if group["lr"] == 0:
             for parameter, is_moved in zip(parameters, moves, strict=True):
                 if not is_moved:
                     self.state[parameter]["step"].zero_()
+        # As published: the step, then the decay of what it left. Cautious decay needs the update and comes first.
         parameters, updates = list(compress(parameters, moves)), list(compress(updates, moves))
         if group["cautious"] or not group["weight_decay"]:
             super()._apply(parameters, updates, group)
@@ -167,14 +174,15 @@ class SOAP(FactoredOptimizer):
 
 
 def _adam(rotated_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], num_updates: int) -> Tensor:
-    """Adam's update of rotated gradients, in their basis."""
+    """Return Adam's update of rotated gradients, in their basis."""
     beta1, beta2 = group["betas"]
-    momenta = kept(states, "momentum", rotated_BMN)
-    second_moments = kept(states, "second_moment", rotated_BMN)
-    average(momenta, rotated_BMN, beta1)
-    average(second_moments, rotated_BMN.square(), beta2)
+    momenta = state_buffers(states, "momentum", rotated_BMN)
+    second_moments = state_buffers(states, "second_moment", rotated_BMN)
+    accumulate(momenta, rotated_BMN, beta1)
+    accumulate(second_moments, rotated_BMN.square(), beta2)
+    # Epsilon is added before the corrections for the first steps.
     denominators_BMN = torch.stack(second_moments).sqrt_().add_(group["epsilon"])
-    size = math.sqrt(correction(beta2, num_updates)) / correction(beta1, num_updates)
+    size = math.sqrt(bias_correction(beta2, num_updates)) / bias_correction(beta1, num_updates)
     updates_BMN = torch.stack(momenta).div_(denominators_BMN).mul_(size)
     if not group["guard"]:
         return updates_BMN
@@ -183,55 +191,59 @@ def _adam(rotated_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, A
 
 
 def _largest_entry(beta1: float, beta2: float, num_updates: int) -> float:
-    """The bound c of the class: no gradients let an entry of Adam's update, epsilon 0, exceed it."""
+    """Return the bound c of the class: no gradients let an entry of Adam's update, epsilon 0, exceed it."""
     if beta2 == 0:
         return math.inf if beta1 else 1.0
     ratio = beta1**2 / beta2
     total = num_updates if ratio == 1 else (1 - ratio**num_updates) / (1 - ratio)
-    weight = (1 - beta1) / correction(beta1, num_updates)
-    return weight * math.sqrt(correction(beta2, num_updates) / (1 - beta2) * total)
+    weight = (1 - beta1) / bias_correction(beta1, num_updates)
+    return weight * math.sqrt(bias_correction(beta2, num_updates) / (1 - beta2) * total)
 
 
 def _observe(grads_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any]) -> None:
-    """Let the factors of sides that are not too long average this gradient."""
+    """Average this gradient into the factors of sides that are not too long."""
     for side, matrices_BSL in zip(_SIDES, (grads_BMN, grads_BMN.mT), strict=True):
         length = matrices_BSL.shape[-2]
         if length <= group["max_preconditioner_dim"]:
-            average_grams(kept(states, side, grads_BMN, length, length), matrices_BSL, group["shampoo_beta"])
+            accumulate_grams(
+                state_buffers(states, side, grads_BMN, length, length), matrices_BSL, group["shampoo_beta"]
+            )
 
 
 def _turned(matrices_BMN: Tensor, states: Sequence[MatrixState], *, back: bool = False) -> Tensor:
-    """Into the eigenbases, or back."""
+    """Rotate matrices into the eigenbases, or back."""
     if "left_basis" in states[0]:
-        left_BMM = stacked(states, "left_basis")
+        left_BMM = stack_buffers(states, "left_basis")
         matrices_BMN = (left_BMM if back else left_BMM.mT) @ matrices_BMN
     if "right_basis" in states[0]:
-        right_BNN = stacked(states, "right_basis")
+        right_BNN = stack_buffers(states, "right_basis")
         matrices_BMN = matrices_BMN @ (right_BNN.mT if back else right_BNN)
     return matrices_BMN
 
 
 def _begin(states: Sequence[MatrixState]) -> None:
+    """Set the first bases, the eigenvectors of the factors; the identity where a factor has none."""
     for side in _SIDES:
         if side in states[0]:
-            factors_BSS = stacked(states, side)
+            factors_BSS = stack_buffers(states, side)
             identity_SS = torch.eye(factors_BSS.shape[-1], dtype=factors_BSS.dtype, device=factors_BSS.device)
-            replace(states, f"{side}_basis", where_finite(eigenbasis(factors_BSS), identity_SS))
+            store(states, f"{side}_basis", where_finite(eigenbasis(factors_BSS), identity_SS))
 
 
 def _refresh(states: Sequence[MatrixState]) -> None:
-    """One power iteration: m goes with the basis, v with the order of its columns."""
-    momenta_BMN = _turned(stacked(states, "momentum"), states, back=True)
-    second_moments_BMN = stacked(states, "second_moment")
+    """Turn the bases by one power iteration: m goes with the basis, v with the order of its columns."""
+    momenta_BMN = _turned(stack_buffers(states, "momentum"), states, back=True)
+    second_moments_BMN = stack_buffers(states, "second_moment")
     for side, dim in zip(_SIDES, (-2, -1), strict=True):
         if side not in states[0]:
             continue
-        factors_BSS, bases_BSS = stacked(states, side), stacked(states, f"{side}_basis")
+        # Columns by the diagonal of Q^T L Q, largest first, then Q <- qr(L Q); a basis that is not finite stays.
+        factors_BSS, bases_BSS = stack_buffers(states, side), stack_buffers(states, f"{side}_basis")
         images_BSS = factors_BSS @ bases_BSS
         order_BS = (bases_BSS * images_BSS).sum(-2).argsort(dim=-1, descending=True, stable=True)
-        found_BSS, _ = torch.linalg.qr(images_BSS.take_along_dim(order_BS.unsqueeze(-2), dim=-1))
-        found_BSS = where_finite(found_BSS, bases_BSS)
-        replace(states, f"{side}_basis", found_BSS)
+        turned_BSS, _ = torch.linalg.qr(images_BSS.take_along_dim(order_BS.unsqueeze(-2), dim=-1))
+        store(states, f"{side}_basis", where_finite(turned_BSS, bases_BSS))
         second_moments_BMN = second_moments_BMN.take_along_dim(order_BS.unsqueeze(-1 if dim == -2 else -2), dim=dim)
+    # m, which was rotated out of the old bases above, into the new ones.
     for name, matrices_BMN in (("momentum", _turned(momenta_BMN, states)), ("second_moment", second_moments_BMN)):
         torch._foreach_copy_([state[name] for state in states], list(matrices_BMN.unbind()))

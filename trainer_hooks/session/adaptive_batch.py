@@ -27,7 +27,7 @@ from trainer_hooks.distributed.layout import find_layout
 from trainer_hooks.measurement.budget import MeasurementCost
 from trainer_hooks.measurement.groups import MeasuredGroup
 from trainer_hooks.measurement.options import MeasurementOptions
-from trainer_hooks.optim.kinds import count_skipped_steps
+from trainer_hooks.optim.protocols import count_skipped_steps, halves_user
 from trainer_hooks.session import attach as phases
 from trainer_hooks.session.attach import Attachment, PolicyGiven
 from trainer_hooks.session.checkpoint import STATE_VERSION, first_state
@@ -398,11 +398,10 @@ class AdaptiveBatch:
         """
         differences = self._scheduler.differences
         for optimizer in self.optimizers:
-            if getattr(optimizer, "wants_halves", False):
+            user = halves_user(optimizer)
+            if user is not None:
                 parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-                optimizer.supply_halves(  # type: ignore[attr-defined]
-                    {p: differences.pop(p) * gradient_scale for p in parameters if p in differences}
-                )
+                user.supply_halves({p: differences.pop(p) * gradient_scale for p in parameters if p in differences})
         differences.clear()
 
     def set_learning_rates(self, *, num_samples: int | None = None) -> None:

@@ -35,7 +35,7 @@ from trainer_hooks.measurement.options import MeasurementOptions
 from trainer_hooks.measurement.requirements import requirements_of
 from trainer_hooks.measurement.scheduler import MeasurementScheduler
 from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
-from trainer_hooks.optim.kinds import boundary_interval, check_boundaries, innermost, kind_of
+from trainer_hooks.optim.protocols import boundary_interval, check_boundaries, class_name_of, innermost
 from trainer_hooks.session.checkpoint import check_same_state, check_state
 from trainer_hooks.session.optimizer_coupling import check_couplings, check_steppable, find_couplings
 from trainer_hooks.session.options import CouplingOptions
@@ -266,7 +266,7 @@ def specify(
         data_parallel_size=data_parallel_size,
         budget_samples=budget_samples,
         tokens_per_sample=tokens_per_sample,
-        optimizer=" + ".join(dict.fromkeys(map(kind_of, optimizers))),
+        optimizer=" + ".join(dict.fromkeys(map(class_name_of, optimizers))),
         parameter_groups=tuple(group.description() for group in scheduler.described_groups),
         measurement_interval=options.interval,
         measurement_budget=options.effective_budget,
@@ -316,4 +316,6 @@ def undivided(optimizers: Sequence[torch.optim.Optimizer], layout: Layout) -> li
     if layout.name != "DDP" or layout.ranks.size == 1:
         return []
     matrix_optimizers = [inner for inner in map(innermost, optimizers) if isinstance(inner, MatrixOptimizer)]
-    return list(dict.fromkeys(kind_of(optimizer) for optimizer in matrix_optimizers if not optimizer.divides_work))
+    return list(
+        dict.fromkeys(class_name_of(optimizer) for optimizer in matrix_optimizers if not optimizer.divides_work)
+    )

@@ -1,4 +1,4 @@
-"""What a plan does to optimizers: their learning rates and, on request, the memory of their averages.
+"""Optimizer coupling: learning rates follow the plan and, on request, the memory of optimizers' averages.
 
 Everything is written anew from base values, so that writing twice is writing once, and a resume, another world size or
 a repeated call finds the same numbers from the plan alone.
@@ -16,20 +16,16 @@ from torch import Tensor
 
 from gns_controller.core.batch_arithmetic import BatchRules, LearningRateCoupling
 from gns_controller.core.contract import BatchPlan, Geometry
-from gns_controller.core.coupling import coupled, default_couplings
+from gns_controller.core.coupling import coupled
 from gns_controller.core.errors import CouplingError, InvalidInputError
 from gns_controller.core.policies import AnyPolicyConfig, RunFacts, check_gains, check_policy
-from trainer_hooks.optim.kinds import innermost, kind_of
+from trainer_hooks.optim.known_optimizers import OptimizerFacts, facts_of
+from trainer_hooks.optim.protocols import class_name_of
 
 _LARGEST_BETA = math.nextafter(1.0, 0.0)
 
 _ALL_NOISE = 1e30
 """A noise scale, samples, at which gains are the whole powers B / B0 and (B / B0)^(1/2)."""
-
-_BETA_NAMES = ("betas", "beta1", "beta2", "beta3", "shampoo_beta")
-
-_MOMENTUM_IS_AN_AVERAGE = ("Muon",)
-"""torch's classes whose momentum is m <- beta m + (1 - beta) g."""
 
 Betas = dict[str, tuple[float, ...]]
 """Setting of a param group -> its values, one for a number."""
@@ -38,7 +34,7 @@ Betas = dict[str, tuple[float, ...]]
 def find_couplings(
     given: LearningRateCoupling | Mapping[str, LearningRateCoupling] | None, optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[LearningRateCoupling, dict[str, LearningRateCoupling]]:
-    """The rule of the first optimizer, and those of the others that differ, by class name.
+    """Return the rule of the first optimizer, and those of the others that differ, by class name.
 
     Args:
         given: one rule for all; rules by class name, the rest by default; or None: all by default.
@@ -47,17 +43,48 @@ def find_couplings(
     Raises:
         CouplingError: no rule is known to be sound for an optimizer, or there is none of that name.
     """
-    names = list(dict.fromkeys(map(kind_of, optimizers)))
+    facts = {class_name_of(optimizer): facts_of(optimizer) for optimizer in optimizers}
     if given is None:
-        return default_couplings(names)
-    chosen = dict.fromkeys(names, given) if isinstance(given, str) else dict(given)
-    strangers = sorted(set(chosen) - set(names))
-    if strangers:
+        return default_couplings(facts)
+    chosen = dict.fromkeys(facts, given) if isinstance(given, str) else dict(given)
+    absent = sorted(set(chosen) - set(facts))
+    if absent:
         raise CouplingError(
-            f"CouplingOptions(learning_rate=...) names {strangers}, and the optimizers are {', '.join(names)}."
+            f"CouplingOptions(learning_rate=...) names {absent}, and the optimizers are {', '.join(facts)}."
         )
-    rules = {name: chosen[name] if name in chosen else default_couplings([name])[0] for name in names}
-    first = rules[names[0]]
+    return _first_and_others(
+        {name: chosen[name] if name in chosen else _default_coupling(name, row) for name, row in facts.items()}
+    )
+
+
+def default_couplings(
+    facts: Mapping[str, OptimizerFacts],
+) -> tuple[LearningRateCoupling, dict[str, LearningRateCoupling]]:
+    """Return the rule of the first optimizer, and those of the others that differ, by class name.
+
+    Args:
+        facts: class name -> row of the table of known optimizers.
+
+    Raises:
+        CouplingError: no rule is known to be sound for one of them.
+    """
+    return _first_and_others({name: _default_coupling(name, row) for name, row in facts.items()})
+
+
+def _default_coupling(class_name: str, facts: OptimizerFacts) -> LearningRateCoupling:
+    if facts.learning_rate_coupling is None:
+        raise CouplingError(
+            f"no rule for the learning rate of {class_name} is known to be sound when the batch changes: "
+            f"{facts.no_coupling_because}. Use CouplingOptions(learning_rate='none') or another rule if you know "
+            "better."
+        )
+    return facts.learning_rate_coupling
+
+
+def _first_and_others(
+    rules: Mapping[str, LearningRateCoupling],
+) -> tuple[LearningRateCoupling, dict[str, LearningRateCoupling]]:
+    first: LearningRateCoupling = next(iter(rules.values()), "none")
     return first, {name: rule for name, rule in rules.items() if rule != first}
 
 
@@ -71,18 +98,18 @@ def check_steppable(optimizers: Sequence[torch.optim.Optimizer]) -> None:
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise InvalidInputError(
-                f"{type(optimizer).__name__} evaluates the loss itself (its step wants a closure): a step of several "
+                f"{type(optimizer).__name__} evaluates the loss itself (its step needs a closure): a step of several "
                 "micro-batches on several ranks cannot give it one."
             )
 
 
 def check_couplings(policy: AnyPolicyConfig, facts: RunFacts, geometries: Sequence[Geometry]) -> None:
-    """Whether policy and couplings go together.
+    """Check that policy and couplings go together.
 
     Args:
-        policy: that steers the run.
-        facts: of the run.
-        geometries: of the measured groups.
+        policy: the policy that steers the run.
+        facts: facts of the run.
+        geometries: geometries of the measured groups.
 
     Raises:
         CouplingError: adascale by a noise scale that is not the euclidean one.
@@ -93,14 +120,14 @@ def check_couplings(policy: AnyPolicyConfig, facts: RunFacts, geometries: Sequen
 
 
 class CoupledOptimizers:
-    """The optimizers of one session, with the values that their settings had at the batch of the start.
+    """The optimizers of one session, with the values that their settings have at the batch of the start.
 
     Args:
         optimizers: as given to attach. A group's base rate is its initial_lr, else its lr.
         couples_betas: whether betas follow the plan, too.
 
     Raises:
-        CouplingError: betas are to follow, and a momentum is no average.
+        CouplingError: betas are to follow, and a momentum is not an average.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], *, couples_betas: bool) -> None:
@@ -112,11 +139,12 @@ class CoupledOptimizers:
         self.base_betas: list[list[Betas]] | None = None
         if couples_betas:
             self.base_betas = [
-                [averages_of(kind_of(o), group, told=_told(o)) for group in o.param_groups] for o in optimizers
+                [averages_of(class_name_of(o), group, facts_of(o, group)) for group in o.param_groups]
+                for o in optimizers
             ]
 
     def set_learning_rates(self, schedule_factor: float, plan: BatchPlan | None) -> None:
-        """Base rate x schedule x the plan's factor for that optimizer's class. No plan: the batch of the start.
+        """Write base rate x schedule x the plan's factor for that optimizer's class. No plan: the batch of the start.
 
         Raises:
             InvalidInputError: an optimizer has other parameter groups than at attach.
@@ -132,7 +160,7 @@ class CoupledOptimizers:
                 group["lr"] = base * factor
 
     def set_betas(self, plan: BatchPlan | None) -> None:
-        """Every base beta to the power of the plan's beta_exponent, if betas follow. No plan: the base values.
+        """Write every base beta to the power of the plan's beta_exponent, if betas follow. No plan: the base values.
 
         An average of m samples per step with beta^k forgets as much per sample as one of m / k with beta. What has been
         averaged already is kept. Adam divides its averages by 1 - beta^step with the present beta, while their true
@@ -150,11 +178,11 @@ class CoupledOptimizers:
                     group[name] = powers if name == "betas" else powers[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """For the session's checkpoint."""
+        """Return the base values, for the session's checkpoint."""
         return {"base_learning_rates": self.base_learning_rates, "base_betas": self.base_betas}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The checkpoint's base values win. A checkpoint of before betas followed has none: the present ones are."""
+        """Take the checkpoint's base values. One from before betas followed has none: the present ones are kept."""
         self.base_learning_rates = [list(rates) for rates in state["base_learning_rates"]]
         saved = state.get("base_betas")
         if saved is None:
@@ -169,81 +197,63 @@ class CoupledOptimizers:
 
 
 def factor_for(optimizer: torch.optim.Optimizer, plan: BatchPlan | None) -> float:
-    """What a plan multiplies the scheduled rate of an optimizer with; 1 without a plan."""
-    return 1.0 if plan is None else _factor_of(kind_of(optimizer), plan)
+    """Return the plan's factor on the scheduled rate of an optimizer; 1 without a plan."""
+    return 1.0 if plan is None else _factor_of(class_name_of(optimizer), plan)
 
 
 def _factor_of(name: str, plan: BatchPlan) -> float:
-    """What a plan multiplies the rates of this class of optimizers with."""
+    """Return the plan's factor on the rates of this class of optimizers."""
     return plan.optimizer_factors.get(name, plan.learning_rate_factor)
 
 
 def for_fewer_samples(plan: BatchPlan, rules: BatchRules, *, num_samples: int) -> BatchPlan:
-    """The plan with rates and betas of a step that has only so many samples, never larger rates than its own.
+    """Return the plan with rates and betas of a step of only so many samples, never larger rates than its own.
 
     A gain stays what it was, but for what is above n / B0 (adamscale: its root) at n samples: no more is taken without
-    asking for the noise scale, which one rank alone knows.
+    asking for the noise scale, which rank 0 alone has.
     """
     factor, factors, exponent = coupled(rules, global_batch_size=num_samples, noise_scale=_ALL_NOISE, previous=plan)
     return plan.model_copy(
         update={
             "learning_rate_factor": min(factor, plan.learning_rate_factor),
-            "optimizer_factors": {name: min(each, _factor_of(name, plan)) for name, each in factors.items()},
+            "optimizer_factors": {name: min(f, _factor_of(name, plan)) for name, f in factors.items()},
             "beta_exponent": exponent,
         }
     )
 
 
-def averages_of(kind: str, group: Mapping[str, Any], *, told: Sequence[str] | None = None) -> Betas:
-    """The settings of a param group that are weights of the past in an exponential average.
+def averages_of(class_name: str, group: Mapping[str, Any], facts: OptimizerFacts) -> Betas:
+    """Return the settings of a param group that are weights of the past in an exponential average.
 
     Args:
-        kind: class name of the optimizer.
+        class_name: of the optimizer, for errors.
         group: one of its param groups.
-        told: names of such settings, which our optimizers give in `averages`. None: what we know of the class.
+        facts: its row of the table of known optimizers, for this group.
 
     Raises:
-        CouplingError: a momentum that is a sum, one that we do not know, or an average that forgets nothing.
+        CouplingError: a momentum that is a sum, one that is not known, or an average that forgets nothing.
     """
-    if told is not None:
-        return {name: _numbers(kind, name, group[name]) for name in told if group.get(name)}
-    found: Betas = {}
-    for name in (*_BETA_NAMES, *(("alpha",) if kind == "RMSprop" else ())):
-        given = group.get(name)
-        if given is not None:
-            found[name] = _numbers(kind, name, given)
-    momentum = group.get("momentum")
-    if momentum:
-        if kind in _MOMENTUM_IS_AN_AVERAGE:
-            found["momentum"] = _numbers(kind, "momentum", momentum)
-        elif kind == "SGD" and group["dampening"] == momentum:
-            found["momentum"] = found["dampening"] = _numbers(kind, "momentum", momentum)
-        elif kind in ("SGD", "RMSprop"):
-            hint = " (give SGD dampening=momentum, which makes it an average, and a learning rate for that)"
+    if group.get("momentum") and "momentum" not in facts.averaged_settings and not facts.declares_averages:
+        if facts.momentum != "sum":
             raise CouplingError(
-                f"the momentum of {kind} is a sum and not an average: another momentum would be another learning rate. "
-                f"Use CouplingOptions(betas='none'){hint if kind == 'SGD' else ''}."
-            )
-        else:
-            raise CouplingError(
-                f"whether the momentum of {kind} is a sum or an average is not known; "
+                f"whether the momentum of {class_name} is a sum or an average is not known; "
                 "use CouplingOptions(betas='none')."
             )
-    return found
+        hint = " (give SGD dampening=momentum, which makes it an average, and a learning rate for that)"
+        raise CouplingError(
+            f"the momentum of {class_name} is a sum and not an average: another momentum would be another learning "
+            f"rate. Use CouplingOptions(betas='none'){hint if 'dampening' in group else ''}."
+        )
+    return {name: _numbers(class_name, name, group[name]) for name in facts.averaged_settings if group.get(name)}
 
 
-def _told(optimizer: torch.optim.Optimizer) -> tuple[str, ...] | None:
-    found: tuple[str, ...] | None = getattr(innermost(optimizer), "averages", None)
-    return found
-
-
-def _numbers(kind: str, name: str, given: Any) -> tuple[float, ...]:
+def _numbers(class_name: str, name: str, given: Any) -> tuple[float, ...]:
     values = tuple(given) if isinstance(given, tuple | list) else (given,)
     if any(isinstance(value, Tensor) for value in values):
-        raise CouplingError(f"{name} of {kind} is a tensor; give numbers, or use CouplingOptions(betas='none').")
+        raise CouplingError(f"{name} of {class_name} is a tensor; give numbers, or use CouplingOptions(betas='none').")
     if any(value >= 1 for value in values):
         raise CouplingError(
-            f"{name}={given!r} of {kind} never forgets, whatever the batch is; use CouplingOptions(betas='none')."
+            f"{name}={given!r} of {class_name} never forgets, whatever the batch is; use CouplingOptions(betas='none')."
         )
     return tuple(float(value) for value in values)
 

@@ -16,6 +16,7 @@ from trainer_hooks.client import DecisionClient, Verdict, saved_control
 from trainer_hooks.client.options import ConnectionOptions
 from trainer_hooks.distributed.collectives import broadcast_plan
 from trainer_hooks.distributed.layout import Layout
+from trainer_hooks.optim.protocols import NotifiedOfBatchChange
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class PlanAgreement:
             return
         self._notified_batch_size = batch_size
         for optimizer in self._optimizers:
-            if hasattr(optimizer, "on_batch_change"):
+            if isinstance(optimizer, NotifiedOfBatchChange):
                 optimizer.on_batch_change(global_batch_size=batch_size, previous=before)
 
     def _reachable(self, plan: BatchPlan, memory: PolicyState) -> BatchPlan:

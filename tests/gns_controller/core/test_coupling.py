@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from gns_controller.core.batch_arithmetic import BatchRules
 from gns_controller.core.contract import BatchPlan, ParameterGroup
-from gns_controller.core.coupling import DEFAULT_COUPLINGS, default_couplings, gain, learning_rate_factor
-from gns_controller.core.errors import CouplingError
+from gns_controller.core.coupling import gain, learning_rate_factor
 from gns_controller.core.policies import (
     HoldPolicyConfig,
     NoiseScalePolicyConfig,
@@ -137,23 +136,6 @@ def test_an_unresolved_noise_scale_moves_no_learning_rate_when_a_batch_is_adopte
     policy = NoiseScalePolicyConfig.published(noise_tolerance=0.5)
     [grown] = adopted("adascale", measurement(10, saturated), policy=policy)
     assert (grown.global_batch_size, grown.learning_rate_factor) == (80, 1.0)
-
-
-def test_optimizers_get_the_rule_that_is_sound_for_them() -> None:
-    assert default_couplings(["AdamW"]) == ("sqrt", {})
-    assert default_couplings(["SGD"]) == ("linear", {})
-    assert default_couplings(["Muon", "AdamW"]) == ("sqrt", {})
-    assert default_couplings(["Muon", "SGD"]) == ("sqrt", {"SGD": "linear"})
-    assert default_couplings([]) == ("none", {})
-    assert set(DEFAULT_COUPLINGS.values()) == {"sqrt", "linear"}
-
-
-@pytest.mark.parametrize(
-    ("name", "because"), [("LBFGS", "curvature"), ("Adagrad", "never forgets"), ("Sophia", "no optimizer of that name")]
-)
-def test_optimizers_without_a_sound_rule_are_refused_with_the_way_out(name: str, because: str) -> None:
-    with pytest.raises(CouplingError, match=f"{name}.*{because}.*CouplingOptions.learning_rate='none'"):
-        default_couplings(["AdamW", name])
 
 
 def test_adascale_is_registered_only_with_the_euclidean_noise_scale() -> None:

@@ -42,13 +42,13 @@ def relative_error(factor: Tensor, basis: Tensor) -> float:
 # ------------------------------------------------------------------ eigenbasis
 
 
-def test_the_eigenbasis_is_found_in_descending_order_with_its_largest_component_positive() -> None:
+def test_eigenbasis_descends_and_its_largest_components_are_positive() -> None:
     basis = rotation()
     signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
     assert torch.allclose(eigenbasis(with_basis(basis)), basis * signs, atol=1e-9)
 
 
-def test_the_sign_does_not_depend_on_the_one_that_lapack_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signs_do_not_depend_on_those_that_lapack_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     factor = with_basis(rotation())
     expected = eigenbasis(factor)
     real = torch.linalg.eigh
@@ -61,14 +61,14 @@ def test_the_sign_does_not_depend_on_the_one_that_lapack_chose(monkeypatch: pyte
     assert torch.equal(eigenbasis(factor), expected)
 
 
-def test_a_factor_that_is_not_finite_has_no_basis_and_leaves_its_batch_alone() -> None:
+def test_a_factor_that_is_not_finite_gives_nan_and_leaves_its_batch_alone() -> None:
     factors = with_basis(rotation()).repeat(2, 3, 1, 1).float()
     factors[1, 2, 4, 0] = math.nan
-    found = eigenbasis(factors)
-    assert found.dtype == torch.float32
-    assert found[1, 2].isnan().all()
-    assert torch.equal(found[0, 1], found[1, 1])
-    assert found[0].isfinite().all()
+    bases = eigenbasis(factors)
+    assert bases.dtype == torch.float32
+    assert bases[1, 2].isnan().all()
+    assert torch.equal(bases[0, 1], bases[1, 1])
+    assert bases[0].isfinite().all()
 
 
 # ------------------------------------------------------------------ needs_refresh
@@ -76,7 +76,7 @@ def test_a_factor_that_is_not_finite_has_no_basis_and_leaves_its_batch_alone() -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("angle", [1e-3, 1e-2, 0.1])
-def test_a_basis_is_stale_from_its_relative_error_on(angle: float, dtype: torch.dtype) -> None:
+def test_a_basis_becomes_stale_at_its_relative_error(angle: float, dtype: torch.dtype) -> None:
     basis = rotation()
     factor, old = with_basis(basis), turned(basis, angle)
     error = relative_error(factor, old)
@@ -95,7 +95,7 @@ def test_staleness_does_not_depend_on_the_scale(scale: float) -> None:
     assert (bool(stale), bool(fresh)) == (True, False)
 
 
-def test_zero_and_what_is_not_finite_need_no_refresh() -> None:
+def test_zero_and_infinite_factors_need_no_refresh() -> None:
     factors = torch.stack([torch.zeros(4, 4), torch.full((4, 4), math.nan), torch.full((4, 4), math.inf)])
     assert needs_refresh(factors, torch.eye(4).expand(3, 4, 4), 0.0).tolist() == [False] * 3
 
@@ -108,15 +108,15 @@ def test_one_iteration_is_one_power_iteration_with_orthogonalization() -> None:
     factor, old = with_basis(basis), turned(basis, 0.05)
     Q, R = torch.linalg.qr(factor @ old[:, (old.mT @ factor @ old).diagonal().argsort(descending=True)])
     Q = Q * R.diagonal().sign()
-    found = refreshed_basis(factor, old, tolerance=0.0)
+    refreshed = refreshed_basis(factor, old, tolerance=0.0)
     rayleigh = (Q.mT @ factor @ Q).diagonal()
     order = rayleigh.argsort(descending=True)
-    assert bool(found.changed)
-    assert torch.allclose(found.basis, Q[:, order], atol=1e-11)
-    assert torch.allclose(found.eigenvalues, rayleigh[order], atol=1e-13)
+    assert bool(refreshed.changed)
+    assert torch.allclose(refreshed.basis, Q[:, order], atol=1e-11)
+    assert torch.allclose(refreshed.eigenvalues, rayleigh[order], atol=1e-13)
 
 
-def test_iterations_go_on_until_the_tolerance_is_met_and_no_further() -> None:
+def test_iterations_stop_where_the_tolerance_is_met() -> None:
     basis = rotation()
     factor, old = with_basis(basis), turned(basis, 0.1)
     errors = [
@@ -131,9 +131,9 @@ def test_iterations_go_on_until_the_tolerance_is_met_and_no_further() -> None:
 
 def test_many_iterations_end_at_the_eigenbasis_with_signs_continued() -> None:
     basis = rotation()
-    found = refreshed_basis(with_basis(basis), turned(basis, 0.01), tolerance=0.0, max_iterations=60)
-    assert torch.allclose(found.basis, basis, atol=1e-9)
-    assert torch.allclose(found.eigenvalues, VALUES, rtol=1e-9)
+    refreshed = refreshed_basis(with_basis(basis), turned(basis, 0.01), tolerance=0.0, max_iterations=60)
+    assert torch.allclose(refreshed.basis, basis, atol=1e-9)
+    assert torch.allclose(refreshed.eigenvalues, VALUES, rtol=1e-9)
 
 
 def test_only_stale_bases_of_a_batch_change() -> None:
@@ -143,13 +143,13 @@ def test_only_stale_bases_of_a_batch_change() -> None:
     ascending = basis.flip(1)
     factors = torch.stack([with_basis(basis), with_basis(basis), holed])
     old = torch.stack([turned(basis, 0.2), ascending, turned(basis, 0.2)])
-    found = refreshed_basis(factors, old, tolerance=1e-3, max_iterations=3)
-    assert found.changed.tolist() == [True, False, False]
-    assert torch.equal(found.basis[1:], old[1:])
+    refreshed = refreshed_basis(factors, old, tolerance=1e-3, max_iterations=3)
+    assert refreshed.changed.tolist() == [True, False, False]
+    assert torch.equal(refreshed.basis[1:], old[1:])
     # Unchanged: in its own order.
-    assert torch.allclose(found.eigenvalues[1], VALUES.flip(0), atol=1e-12)
-    assert found.eigenvalues[2].isnan().any()
-    assert found.basis[0].isfinite().all()
+    assert torch.allclose(refreshed.eigenvalues[1], VALUES.flip(0), atol=1e-12)
+    assert refreshed.eigenvalues[2].isnan().any()
+    assert refreshed.basis[0].isfinite().all()
 
 
 def test_equal_eigenvalues_keep_the_order_of_their_columns() -> None:
@@ -158,8 +158,8 @@ def test_equal_eigenvalues_keep_the_order_of_their_columns() -> None:
     old = torch.eye(4, dtype=torch.float64)
     old[0, 0] = old[3, 3] = math.cos(0.1)
     old[3, 0], old[0, 3] = math.sin(0.1), -math.sin(0.1)
-    found = refreshed_basis(factor, old, tolerance=0.0, max_iterations=60)
-    assert torch.allclose(found.basis, torch.eye(4, dtype=torch.float64)[:, [1, 2, 3, 0]], atol=1e-9)
+    refreshed = refreshed_basis(factor, old, tolerance=0.0, max_iterations=60)
+    assert torch.allclose(refreshed.basis, torch.eye(4, dtype=torch.float64)[:, [1, 2, 3, 0]], atol=1e-9)
 
 
 def test_a_basis_stays_orthonormal_however_often_it_is_refreshed() -> None:
@@ -174,7 +174,7 @@ def test_a_basis_stays_orthonormal_however_often_it_is_refreshed() -> None:
     assert float((basis.double().mT @ basis.double() - torch.eye(24)).abs().max()) < 1e-6
 
 
-def test_nothing_is_read_on_the_host() -> None:
+def test_kernels_read_nothing_on_the_host() -> None:
     # A fake tensor has no values: reading one raises.
     with FakeTensorMode():
         factor, basis = torch.empty(3, 8, 8), torch.empty(3, 8, 8)
@@ -183,12 +183,12 @@ def test_nothing_is_read_on_the_host() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"tolerance": -0.1}, {"tolerance": 1.1}, {"tolerance": 0.1, "max_iterations": 0}])
-def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
+def test_eigenbases_refuse_settings_out_of_range(settings: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError, match=r"got (-0\.1|1\.1|0)\."):
         refreshed_basis(torch.eye(3), torch.eye(3), **settings)
 
 
-def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
+def test_eigenbases_refuse_shapes_and_dtypes_that_do_not_fit() -> None:
     with pytest.raises(GeometryError, match="square"):
         eigenbasis(torch.ones(2, 3))
     with pytest.raises(InvalidInputError, match="bfloat16: convert"):

@@ -40,11 +40,11 @@ SPECTRA: dict[str, Callable[[], Tensor]] = {
 }
 
 
-def deficit_and_bound(matrix: Tensor, found: Tensor) -> tuple[float, float, float]:
+def deficit_and_bound(matrix: Tensor, factor: Tensor) -> tuple[float, float, float]:
     """||G||_S1 - <G, found>, what POLAR_EXPRESS_7 promises of it in exact arithmetic, and ||G||_S1."""
     values = torch.linalg.svdvals(matrix.double())
     nuclear, f = float(values.sum()), 1.01 * float((values**4).sum().sqrt().sqrt())
-    return nuclear - float((matrix.double() * found.double()).sum()), 4e-7 * nuclear + 8e-5 * len(values) * f, nuclear
+    return nuclear - float((matrix.double() * factor.double()).sum()), 4e-7 * nuclear + 8e-5 * len(values) * f, nuclear
 
 
 # ------------------------------------------------------------------ Newton-Schulz: a band, not convergence
@@ -55,9 +55,9 @@ def test_singular_values_land_in_the_published_band(rows: int, columns: int) -> 
     # Band of the five Jordan steps for inputs from 3e-3 of the Frobenius norm upwards: [0.682, 1.202].
     values = torch.logspace(-2.4, 0, 12, dtype=torch.float64)
     matrix = with_singular_values(values, rows, columns)
-    found = torch.linalg.svdvals(orthogonalize(matrix))
-    assert float(found.min()) > 0.68
-    assert float(found.max()) < 1.21
+    singular_values = torch.linalg.svdvals(orthogonalize(matrix))
+    assert float(singular_values.min()) > 0.68
+    assert float(singular_values.max()) < 1.21
 
 
 @pytest.mark.parametrize("evaluation", EVALUATIONS)
@@ -65,17 +65,17 @@ def test_singular_values_land_in_the_published_band(rows: int, columns: int) -> 
 def test_newton_schulz_is_the_textbook_iteration(shape: tuple[int, ...], evaluation: Evaluation) -> None:
     matrix = gaussian(*shape).float()
     expected = textbook_newton_schulz(matrix.mT).mT
-    found = orthogonalize(matrix, evaluation=evaluation)
+    factor = orthogonalize(matrix, evaluation=evaluation)
     # Entries are about 1/sqrt(600) = 4e-2, and two orders of evaluation differ by some 2e-6 (direct) or 3e-5 (gram) of
     # one; both are products of float32 roundings with slopes of up to 485.
-    assert float((found - expected).abs().max()) < 1e-5
+    assert float((factor - expected).abs().max()) < 1e-5
 
 
 # ------------------------------------------------------------------ Polar Express: the nuclear norm
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-def test_polar_express_falls_short_of_the_nuclear_norm_by_no_more_than_it_promises(name: str) -> None:
+def test_polar_express_falls_short_of_the_nuclear_norm_within_its_bound(name: str) -> None:
     matrix = SPECTRA[name]()
     deficit, bound, nuclear = deficit_and_bound(matrix, orthogonalize(matrix, schedule=POLAR_EXPRESS_7))
     # The coefficients have seven digits, so p(1) is 1 to 2e-9 only.
@@ -83,7 +83,7 @@ def test_polar_express_falls_short_of_the_nuclear_norm_by_no_more_than_it_promis
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-def test_polar_express_keeps_its_promise_in_float32(name: str) -> None:
+def test_polar_express_keeps_its_bound_in_float32(name: str) -> None:
     matrix = SPECTRA[name]().float()
     deficit, bound, nuclear = deficit_and_bound(matrix, orthogonalize(matrix, schedule=POLAR_EXPRESS_7))
     # Rounding: 2^-24 per product of the last step, which does not average out: 3e-7 is seen.
@@ -93,14 +93,14 @@ def test_polar_express_keeps_its_promise_in_float32(name: str) -> None:
 @pytest.mark.parametrize("name", SPECTRA)
 def test_iterating_in_bfloat16_moves_the_nuclear_norm_by_two_thousandths(name: str) -> None:
     matrix = SPECTRA[name]().float()
-    found = orthogonalize(matrix, schedule=POLAR_EXPRESS_7, dtype=torch.bfloat16)
-    assert found.dtype == torch.float32
-    deficit, bound, nuclear = deficit_and_bound(matrix, found)
+    factor = orthogonalize(matrix, schedule=POLAR_EXPRESS_7, dtype=torch.bfloat16)
+    assert factor.dtype == torch.float32
+    deficit, bound, nuclear = deficit_and_bound(matrix, factor)
     assert -2e-3 * nuclear <= deficit <= bound + 2e-3 * nuclear
 
 
 @pytest.mark.parametrize("name", ["well conditioned", "wide gaussian", "low rank and noise"])
-def test_polar_express_is_the_polar_factor_where_no_singular_value_is_tiny(name: str) -> None:
+def test_polar_express_is_the_polar_factor_without_tiny_singular_values(name: str) -> None:
     matrix = SPECTRA[name]()
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     # |p - 1| <= 4e-7 for singular values above 1e-3 of the norm.
@@ -143,20 +143,20 @@ def test_float32_differs_by_rounding_alone_however_it_is_evaluated(
 ) -> None:
     matrix = SPECTRA[name]()
     exact = orthogonalize(matrix, schedule=schedule, evaluation="direct")
-    found = orthogonalize(matrix.float(), schedule=schedule, evaluation=evaluation)
+    factor = orthogonalize(matrix.float(), schedule=schedule, evaluation=evaluation)
     # Rounding of 1e-7 of the norm, times slopes of 500 to 1000 in five steps, of up to 1e5 in ten. On the Gram matrix
     # squares are rounded, two steep steps earlier.
     few = {"direct": 5e-5, "gram": 2e-4}
     bound = few[evaluation] if len(schedule.coefficients) <= 5 else 3e-3
-    assert float(torch.linalg.matrix_norm(found.double() - exact, ord=2)) < bound
+    assert float(torch.linalg.matrix_norm(factor.double() - exact, ord=2)) < bound
 
 
-def test_auto_takes_the_gram_evaluation_where_it_pays_and_nothing_else_needs_its_digits() -> None:
+def test_auto_evaluates_on_the_gram_matrix_only_where_it_pays() -> None:
     long, square = gaussian(128, 256).float(), gaussian(256, 256).float()
 
     def chosen(matrix: Tensor, schedule: OrthogonalizationSchedule) -> list[bool]:
-        found = orthogonalize(matrix, schedule=schedule)
-        return [torch.equal(found, orthogonalize(matrix, schedule=schedule, evaluation=name)) for name in EVALUATIONS]
+        factor = orthogonalize(matrix, schedule=schedule)
+        return [torch.equal(factor, orthogonalize(matrix, schedule=schedule, evaluation=name)) for name in EVALUATIONS]
 
     assert chosen(long, POLAR_EXPRESS_4) == [False, True]
     assert chosen(square, POLAR_EXPRESS_4) == [True, False]
@@ -168,10 +168,10 @@ def test_exact_is_the_polar_factor_and_gives_zero_where_rounding_begins() -> Non
     # eps * L * s_max is 2^-23 * 8 = 9.5e-7 for float32.
     matrix = torch.zeros(4, 8, dtype=torch.float64)
     matrix.diagonal().copy_(values)
-    found = orthogonalize(matrix.float(), schedule=EXACT)
+    factor = orthogonalize(matrix.float(), schedule=EXACT)
     expected = torch.eye(4, 8)
     expected[3, 3] = 0
-    assert torch.allclose(found, expected, atol=1e-7)
+    assert torch.allclose(factor, expected, atol=1e-7)
     # In float64 all of them count.
     assert torch.allclose(orthogonalize(matrix, schedule=EXACT), torch.eye(4, 8, dtype=torch.float64))
 
@@ -200,10 +200,10 @@ def test_zero_stays_zero(dtype: torch.dtype, schedule: OrthogonalizationSchedule
 @pytest.mark.parametrize("shape", [(3, 24, 40), (3, 260, 300), (2, 520, 530), (2, 3, 8, 5), (1, 4, 9), (2, 1, 12, 12)])
 def test_a_batch_equals_its_matrices_one_by_one(shape: tuple[int, ...], schedule: OrthogonalizationSchedule) -> None:
     batch = gaussian(*shape, seed=3)
-    found = orthogonalize(batch, schedule=schedule)
-    assert found.shape == shape
+    factor = orthogonalize(batch, schedule=schedule)
+    assert factor.shape == shape
     alone = [orthogonalize(matrix, schedule=schedule) for matrix in batch.flatten(0, -3)]
-    assert torch.allclose(found.flatten(0, -3), torch.stack(alone), atol=1e-10)
+    assert torch.allclose(factor.flatten(0, -3), torch.stack(alone), atol=1e-10)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -213,9 +213,9 @@ def test_a_tall_matrix_is_the_transpose_of_a_wide_one(
 ) -> None:
     tall = gaussian(*shape, seed=4)
     wide = tall.mT.contiguous()
-    found = orthogonalize(tall, schedule=schedule)
-    assert found.shape == tall.shape
-    assert torch.allclose(found, orthogonalize(wide, schedule=schedule).mT, atol=1e-10)
+    factor = orthogonalize(tall, schedule=schedule)
+    assert factor.shape == tall.shape
+    assert torch.allclose(factor, orthogonalize(wide, schedule=schedule).mT, atol=1e-10)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -233,22 +233,22 @@ def test_the_input_is_left_alone_and_nan_stays_in_its_matrix(hole: float, schedu
     batch = gaussian(2, 4, 6, seed=5)
     batch[0, 1, 2] = hole
     before = batch.clone()
-    found = orthogonalize(batch, schedule=schedule)
+    factor = orthogonalize(batch, schedule=schedule)
     assert torch.equal(batch.nan_to_num(99), before.nan_to_num(99))
-    assert found[0].isnan().all()
-    assert torch.allclose(found[1], orthogonalize(batch[1], schedule=schedule), atol=1e-10)
+    assert factor[0].isnan().all()
+    assert torch.allclose(factor[1], orthogonalize(batch[1], schedule=schedule), atol=1e-10)
 
 
 @pytest.mark.parametrize("evaluation", EVALUATIONS)
 @pytest.mark.parametrize("schedule", POLYNOMIAL)
-def test_nothing_is_read_on_the_host(schedule: OrthogonalizationSchedule, evaluation: Evaluation) -> None:
+def test_orthogonalize_reads_nothing_on_the_host(schedule: OrthogonalizationSchedule, evaluation: Evaluation) -> None:
     # A fake tensor has no values: reading one raises.
     with FakeTensorMode():
         for shape in ((3, 30, 26), (2, 530, 600)):
-            found = orthogonalize(torch.empty(shape), schedule=schedule, evaluation=evaluation)
-            assert found.shape == shape
-    found = orthogonalize(torch.empty(3, 300, 260, device="meta"), schedule=schedule, dtype=torch.bfloat16)
-    assert found.shape == (3, 300, 260)
+            factor = orthogonalize(torch.empty(shape), schedule=schedule, evaluation=evaluation)
+            assert factor.shape == shape
+    factor = orthogonalize(torch.empty(3, 300, 260, device="meta"), schedule=schedule, dtype=torch.bfloat16)
+    assert factor.shape == (3, 300, 260)
 
 
 def test_matrices_without_entries_come_back_as_they_are() -> None:
@@ -267,11 +267,13 @@ def test_matrices_without_entries_come_back_as_they_are() -> None:
         (torch.ones(3, 3), {"dtype": torch.bfloat16, "evaluation": "gram"}, "rounding would take over"),
     ],
 )
-def test_what_cannot_be_is_refused(matrix: Tensor, settings: dict[str, Any], message: str) -> None:
+def test_orthogonalize_refuses_dtypes_and_evaluations_that_do_not_fit(
+    matrix: Tensor, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InvalidInputError, match=message):
         orthogonalize(matrix, **settings)
 
 
-def test_a_vector_is_refused() -> None:
+def test_orthogonalize_refuses_a_vector() -> None:
     with pytest.raises(GeometryError, match=r"\(\.\.\., M, N\), got shape \(3,\)"):
         orthogonalize(torch.ones(3))

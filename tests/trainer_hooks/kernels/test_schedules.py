@@ -48,10 +48,10 @@ def test_polar_express_4_lands_in_its_band_and_is_steep_below() -> None:
     assert low >= 0.809
     assert high <= 1.191
     x = np.geomspace(1e-9, 3.2e-3, 10_001)
-    found = x.copy()
+    values = x.copy()
     for a, b, c in POLAR_EXPRESS_4.coefficients:
-        found = a * found + b * found**3 + c * found**5
-    assert float((found / x).min()) > 250
+        values = a * values + b * values**3 + c * values**5
+    assert float((values / x).min()) > 250
 
 
 def test_polar_express_7_keeps_the_bound_of_its_source() -> None:

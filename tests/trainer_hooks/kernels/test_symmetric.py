@@ -1,4 +1,4 @@
-"""Against float64 products of torch, which know nothing of symmetry."""
+"""Against float64 products of torch, which do not use symmetry."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def operands(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor
     return X, ((square + square.mT) / (4 * shape[-2] ** 0.5)).to(dtype)
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).abs().max() / expected.abs().max())
+def distance(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -42,11 +42,11 @@ def test_products_are_those_of_the_whole_matrices(shape: tuple[int, ...], dtype:
     assert distance(symmetric.gram(X), X64 @ X64.mT) < rounding
     assert distance(symmetric.gram(X, out=torch.empty_like(A)), X64 @ X64.mT) < rounding
     assert distance(symmetric.symmetric_product(A, A), A64 @ A64) < rounding
-    found = symmetric.symmetric_polynomial(A, linear=-3.0, square=2.0)
-    assert distance(found, -3 * A64 + 2 * A64 @ A64) < rounding
+    result = symmetric.symmetric_polynomial(A, linear=-3.0, square=2.0)
+    assert distance(result, -3 * A64 + 2 * A64 @ A64) < rounding
 
 
-def test_a_transposed_argument_and_a_strided_result_are_served() -> None:
+def test_products_take_transposed_arguments_and_strided_results() -> None:
     X = gaussian(700, 520).float().mT
     out = torch.empty(520, 1040)[:, ::2]
     assert distance(symmetric.gram(X, out=out), X.double() @ X.double().mT) < 1e-6  # sums of 700 float32 terms
@@ -55,14 +55,14 @@ def test_a_transposed_argument_and_a_strided_result_are_served() -> None:
 def test_blocks_compute_the_upper_half_and_mirror_it() -> None:
     # Of no symmetric product: what is far below the diagonal can only be a mirror image.
     first, second = gaussian(600, 50), gaussian(50, 600, seed=1)
-    found, whole = symmetric.symmetric_product(first, second), first @ second
+    result, whole = symmetric.symmetric_product(first, second), first @ second
     below = torch.ones(600, 600).tril(-300).bool()
-    assert torch.allclose(found[below], whole.mT[below])
-    assert torch.allclose(found.triu(), whole.triu())
+    assert torch.allclose(result[below], whole.mT[below])
+    assert torch.allclose(result.triu(), whole.triu())
     assert symmetric.in_blocks(first)
 
 
-def test_triton_is_not_chosen_where_nobody_measured_it() -> None:
+def test_triton_is_not_chosen_where_it_was_not_measured() -> None:
     assert symmetric.TRITON_FROM_SIDE == {}
     assert not symmetric.on_triton(torch.empty(4096, 4096, device="meta"))
 
@@ -124,7 +124,7 @@ print("compiled")
 
 
 def run(script: str, **environment: str) -> str:
-    found = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
@@ -133,7 +133,7 @@ def run(script: str, **environment: str) -> str:
         timeout=250,
         check=False,
     )
-    return found.stdout + found.stderr
+    return finished.stdout + finished.stderr
 
 
 @needs_triton
@@ -163,8 +163,8 @@ def test_the_triton_kernel_agrees_with_float64_on_a_gpu(
     monkeypatch.setitem(symmetric.TRITON_FROM_SIDE, torch.cuda.get_device_capability(), 1)
     assert symmetric.on_triton(X)
     assert distance(symmetric.gram(X), X.double() @ X.double().mT) < rounding
-    found = symmetric.symmetric_polynomial(A, linear=-3.0, square=2.0)
-    assert distance(found, -3 * A.double() + 2 * A.double() @ A.double()) < rounding
+    result = symmetric.symmetric_polynomial(A, linear=-3.0, square=2.0)
+    assert distance(result, -3 * A.double() + 2 * A.double() @ A.double()) < rounding
 
 
 def test_the_module_loads_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Gradient streams for optimizers of matrices, and what every such optimizer must do with them."""
+"""Gradient streams for optimizers of matrices, and properties that every such optimizer has on them."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def follow(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, grad
     return parameter.detach().double().clone()
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    """Of two ends of a way that began at start, over the length of the way."""
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """Return the distance of two ends of a way that began at start, over the length of the way."""
     begin = start(*expected.shape).detach()
-    return float((found - expected).norm() / (expected - begin).norm())
+    return float((actual - expected).norm() / (expected - begin).norm())
 
 
 def goes_on_as_if_never_stopped(make: Make) -> bool:
@@ -58,8 +58,8 @@ def goes_on_as_if_never_stopped(make: Make) -> bool:
 
 def mirrors_when_maximizing(descend: Make, ascend: Make) -> bool:
     down, up = start(6, 9), start(6, 9)
-    found = follow(ascend([up]), up, [-grad for grad in stream(6, 9)])
-    return torch.equal(follow(descend([down]), down, stream(6, 9)), found)
+    ascended = follow(ascend([up]), up, [-grad for grad in stream(6, 9)])
+    return torch.equal(follow(descend([down]), down, stream(6, 9)), ascended)
 
 
 def leaves_alone_what_has_no_gradient(make: Make) -> bool:

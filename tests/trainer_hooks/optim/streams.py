@@ -27,11 +27,11 @@ def run_new(
     start: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Where a fresh parameter ends."""
+    """Return the weights of a fresh parameter at the end."""
     parameter = nn.Parameter((torch.ones_like(grads[0]) if start is None else start).to(dtype).clone())
     return run(build([parameter]), parameter, grads)
 
 
-def distance(found: Tensor, expected: Tensor, *, start: float = 1.0) -> float:
-    """Of the distance travelled."""
-    return float((found - expected).norm() / (expected - start).norm())
+def distance(actual: Tensor, expected: Tensor, *, start: float = 1.0) -> float:
+    """Return the distance of two ends, over the distance travelled."""
+    return float((actual - expected).norm() / (expected - start).norm())

@@ -53,14 +53,14 @@ def test_twenty_steps_are_those_of_torch(maximize: bool) -> None:
     # The averages come from the same operations. torch multiplies lr in before dividing, we after: two roundings of
     # each step and one of the weight, each below 2^-24 of a weight of at most 4.
     settings = {"lr": 0.01, "weight_decay": 0.1, "maximize": maximize}
-    ours, theirs = parameters(torch.float32), parameters(torch.float32)
-    mine, reference = AdamW(ours, **settings), torch.optim.AdamW(theirs, foreach=True, **settings)
-    found = feed(mine, ours, stream())
-    expected = feed(reference, theirs, stream())
-    for a, b, w, v in zip(found, expected, ours, theirs, strict=True):
+    ours, twins = parameters(torch.float32), parameters(torch.float32)
+    optimizer, reference = AdamW(ours, **settings), torch.optim.AdamW(twins, foreach=True, **settings)
+    weights = feed(optimizer, ours, stream())
+    expected = feed(reference, twins, stream())
+    for a, b, w, v in zip(weights, expected, ours, twins, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=STEPS * 4 * 2**-24)
         for name in ("step", "exp_avg", "exp_avg_sq"):
-            assert torch.equal(mine.state[w][name], reference.state[v][name])
+            assert torch.equal(optimizer.state[w][name], reference.state[v][name])
 
 
 def test_a_checkpoint_of_torch_goes_on_here_and_back() -> None:
@@ -120,16 +120,16 @@ def corrected_recursion(*, lr: float, betas: tuple[float, float], eps: float, we
 def test_the_correction_follows_its_recursion(betas: tuple[float, float]) -> None:
     settings = {"lr": 0.01, "betas": betas, "eps": 1e-6, "weight_decay": 0.1}
     moving = parameters()
-    found = feed(AdamW(moving, update_bias_correction=True, **settings), moving, stream())
+    weights = feed(AdamW(moving, update_bias_correction=True, **settings), moving, stream())
     start = parameters()
     plain = feed(AdamW(start, **settings), start, stream())
-    for a, b, c, w in zip(found, corrected_recursion(**settings), plain, parameters(), strict=True):
+    for a, b, c, w in zip(weights, corrected_recursion(**settings), plain, parameters(), strict=True):
         travelled = (b - w.detach()).norm()
         assert (a - b).norm() < 1e-12 * travelled  # float64, sums in another order
         assert (b - c).norm() > 1e-3 * travelled  # the correction is not lost in that
 
 
-def test_where_the_correction_would_turn_an_entry_round_it_stands_still() -> None:
+def test_an_entry_that_the_correction_would_turn_round_stands_still() -> None:
     # beta2 = 0: p_A = |g_B| = 4, p_B = |g_A| = 1. c = (1/4 + 4/1)/2, V = (4 - 1)^2 / 2 = 4.5, bent = (1/64 + 4)/2.
     moving = torch.nn.Parameter(torch.tensor([0.0], dtype=torch.float64))
     optimizer = AdamW([moving], lr=1.0, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, update_bias_correction=True)
@@ -147,17 +147,17 @@ def noisy_steps(betas: tuple[float, float], spread: float) -> dict[str, Tensor]:
     half_a, half_b = (
         1 + spread * 2**0.5 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)
     )
-    found = {"half": half_b, "whole": (half_a + half_b) / 2}
+    samples = {"half": half_b, "whole": (half_a + half_b) / 2}
     for name, corrects in (("plain", False), ("corrected", True)):
         moving = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
         optimizer = AdamW([moving], lr=1.0, betas=betas, weight_decay=0.0, update_bias_correction=corrects)
         ones = torch.ones(shape, dtype=torch.float64)
         optimizer.state[moving] = {"step": torch.tensor(1e6), "exp_avg": ones.clone(), "exp_avg_sq": ones.clone()}
-        moving.grad = found["whole"].clone()
+        moving.grad = samples["whole"].clone()
         optimizer.supply_halves({moving: (half_a - half_b) / 2})
         optimizer.step()
-        found[name] = -moving.detach()
-    return found
+        samples[name] = -moving.detach()
+    return samples
 
 
 def standard_error(samples: Tensor) -> float:
@@ -165,29 +165,29 @@ def standard_error(samples: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("betas", "spread"), [((0.0, 0.9), 0.3), ((0.0, 0.99), 1.0)])
-def test_without_momentum_corrected_steps_are_on_average_closer_to_that_of_a_noiseless_gradient(
+def test_corrected_steps_without_momentum_are_closer_to_noiseless_ones(
     betas: tuple[float, float], spread: float
 ) -> None:
     # The noiseless step is 1. To first order in 1 - beta2, plain steps fall short by 3/2 and corrected ones by 1 times
     # (1 - beta2) spread^2.
-    found = noisy_steps(betas, spread)
-    missing = {name: 1 - float(found[name].mean()) for name in ("plain", "corrected")}
-    margin = 5 * standard_error(found["plain"] - found["corrected"])
+    steps = noisy_steps(betas, spread)
+    missing = {name: 1 - float(steps[name].mean()) for name in ("plain", "corrected")}
+    margin = 5 * standard_error(steps["plain"] - steps["corrected"])
     assert 0 < missing["corrected"] < missing["plain"] - margin
 
 
 def test_corrected_steps_are_means_over_means_at_usual_betas_and_plain_ones_are_not() -> None:
     beta1, beta2 = betas = (0.9, 0.95)
-    found = noisy_steps(betas, 0.5)
-    numerator = float((beta1 + (1 - beta1) * found["whole"]).mean())
+    steps = noisy_steps(betas, 0.5)
+    numerator = float((beta1 + (1 - beta1) * steps["whole"]).mean())
 
     def excess(name: str, gradient: Tensor) -> float:
         denominator = (beta2 + (1 - beta2) * gradient**2).sqrt() + 1e-8
-        return float(found[name].mean()) - numerator / float(denominator.mean())
+        return float(steps[name].mean()) - numerator / float(denominator.mean())
 
     # Ratios of means over the same draws: their own sampling error is at most that of the steps, so 2 of each.
-    assert abs(excess("plain", found["whole"])) > 2 * 5 * standard_error(found["plain"])
-    assert abs(excess("corrected", found["half"])) < 0.2 * abs(excess("plain", found["whole"]))
+    assert abs(excess("plain", steps["whole"])) > 2 * 5 * standard_error(steps["plain"])
+    assert abs(excess("corrected", steps["half"])) < 0.2 * abs(excess("plain", steps["whole"]))
 
 
 def test_halves_serve_one_step_and_those_without_use_are_left_out() -> None:
@@ -218,7 +218,7 @@ def test_halves_serve_one_step_and_those_without_use_are_left_out() -> None:
     assert torch.allclose(moves[2], -0.01 * state["exp_avg"] / (1 - 0.9**2) / p, rtol=1e-12)  # the second a plain one
 
 
-def test_halves_of_another_shape_are_refused() -> None:
+def test_supply_halves_refuses_another_shape() -> None:
     moving = torch.nn.Parameter(torch.zeros(4, 2))
     optimizer = AdamW([moving], update_bias_correction=True)
     with pytest.raises(InvalidInputError, match=r"\(2, 2\).*\(4, 2\).*this rank's block"):
@@ -251,7 +251,7 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(corrects: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(feed(after, moving, stream()[7:], first=7), expected, strict=True))
 
 
-def test_without_a_gradient_nothing_moves_and_a_closure_s_loss_comes_back() -> None:
+def test_a_step_without_gradients_moves_nothing_and_returns_the_closures_loss() -> None:
     still, moving = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     optimizer = AdamW([still, moving], lr=0.1, weight_decay=0.5)
 
@@ -294,26 +294,26 @@ def test_sharded_and_plain_parameters_share_a_group() -> None:
     assert torch.equal(mixed[1], plain[1])
 
 
-def test_a_checkpoint_with_the_maximum_of_second_moments_is_refused_and_changes_nothing() -> None:
+def test_adamw_refuses_a_checkpoint_with_amsgrad_and_stays_as_it_was() -> None:
     weight = torch.nn.Parameter(torch.zeros(3))
     weight.grad = torch.ones(3)
     other = torch.optim.AdamW([weight], lr=0.3, amsgrad=True)
     other.step()
-    mine = AdamW([weight], lr=0.01)
+    adamw = AdamW([weight], lr=0.01)
     with pytest.raises(InvalidInputError, match="amsgrad=True"):
-        mine.load_state_dict(other.state_dict())
-    assert mine.param_groups[0]["lr"] == 0.01
-    assert not mine.state
+        adamw.load_state_dict(other.state_dict())
+    assert adamw.param_groups[0]["lr"] == 0.01
+    assert not adamw.state
 
 
-def test_an_eps_that_vanishes_in_the_parameter_s_dtype_is_refused_and_the_advice_works() -> None:
+def test_adamw_refuses_an_eps_that_vanishes_in_the_parameters_dtype() -> None:
     weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
     with pytest.raises(InvalidInputError, match=r"eps=1e-08 is 0 in torch\.float16, .*; give eps=6e-05\."):
         AdamW([weight])
     optimizer = AdamW([weight], eps=6e-5, weight_decay=0.0)
     weight.grad = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float16)
     optimizer.step()
-    # The first step is lr long, here 1e-3, which half precision beside 1 knows to 2^-11.
+    # The first step is lr long, here 1e-3, which half precision beside 1 rounds to 2^-11.
     assert weight.tolist() == pytest.approx([1.0, 0.999, 1.001], abs=2**-11)
     assert weight[0] == 1
 
@@ -327,30 +327,30 @@ def test_an_eps_that_vanishes_in_the_parameter_s_dtype_is_refused_and_the_advice
         (torch.optim.NAdam, "hold momentum_decay"),
     ],
 )
-def test_checkpoints_of_torchs_relatives_are_refused(build: Any, message: str) -> None:
+def test_adamw_refuses_checkpoints_of_torchs_relatives(build: Any, message: str) -> None:
     weight = torch.nn.Parameter(torch.zeros(3))
     weight.grad = torch.ones(3)
     other = build([weight])
     other.step()
-    mine = AdamW([weight], lr=0.01)
+    adamw = AdamW([weight], lr=0.01)
     with pytest.raises(InvalidInputError, match=message):
-        mine.load_state_dict(other.state_dict())
-    assert not mine.state
+        adamw.load_state_dict(other.state_dict())
+    assert not adamw.state
 
 
-def test_adam_without_decay_goes_on_here() -> None:
+def test_adamw_goes_on_from_torchs_adam_without_decay() -> None:
     first, second = parameters(), parameters()
     adam = torch.optim.Adam(first, lr=0.01)
     feed(adam, first, stream()[:7])
-    mine = AdamW(second, lr=0.3)
-    mine.load_state_dict(copy.deepcopy(adam.state_dict()))
+    adamw = AdamW(second, lr=0.3)
+    adamw.load_state_dict(copy.deepcopy(adam.state_dict()))
     for w, v in zip(second, first, strict=True):
         w.data.copy_(v.data)
-    for a, b in zip(feed(mine, second, stream()[7:]), feed(adam, first, stream()[7:]), strict=True):
+    for a, b in zip(feed(adamw, second, stream()[7:]), feed(adam, first, stream()[7:]), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-14)  # weights of order 1 in float64
 
 
-def test_settings_out_of_range_are_refused() -> None:
+def test_adamw_refuses_settings_out_of_range() -> None:
     weight = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(InvalidInputError, match="0 <= beta2 < 1"):
         AdamW([weight], betas=(0.9, 1.0))

@@ -40,11 +40,11 @@ def test_updates_do_not_depend_on_the_size_of_the_gradient(method: Any, scale: f
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e20, 1e37])
 @pytest.mark.parametrize("method", ["polar_express", "eigh"])
-def test_the_update_has_its_rms_where_squares_of_the_gradient_overflow_or_vanish(method: Any, scale: float) -> None:
+def test_updates_have_their_rms_where_squares_overflow_or_vanish(method: Any, scale: float) -> None:
     parameter = torch.nn.Parameter(torch.zeros(6, 9))
-    found = follow(ASGO([parameter], lr=1.0, weight_decay=0, method=method), parameter, [scale * stream(6, 9)[0]])
+    weights = follow(ASGO([parameter], lr=1.0, weight_decay=0, method=method), parameter, [scale * stream(6, 9)[0]])
     # Float32 rounds 54 squares and entries; entries of 1e-38 have 7 bits less.
-    assert float(found.square().mean().sqrt()) == pytest.approx(0.2, rel=1e-5)
+    assert float(weights.square().mean().sqrt()) == pytest.approx(0.2, rel=1e-5)
 
 
 def recursion(
@@ -70,29 +70,29 @@ def recursion(
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("method", "tolerance"), [("eigh", 1e-12), ("polar_express", 1e-6)])
-def test_it_follows_its_recursion(method: Any, tolerance: float, shape: tuple[int, int]) -> None:
+def test_asgo_follows_its_recursion(method: Any, tolerance: float, shape: tuple[int, int]) -> None:
     # polar_express: its polynomials end at 1 to 4e-7 for eigenvalues above 1e-6 of the norm. The largest eigenvalue,
-    # which epsilon is a fraction of, it knows to 10 %; eigenvalues of 1e-4 of it notice 1e-6 * 10 % / 1e-4 / 2.
+    # which epsilon is a fraction of, it estimates to 10 %; eigenvalues of 1e-4 of it notice 1e-6 * 10 % / 1e-4 / 2.
     settings: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "epsilon": 1e-9}
     parameter = start(*shape)
-    found = follow(ASGO([parameter], method=method, **settings), parameter, stream(*shape))
-    d = distance(found, recursion(start(*shape).detach(), stream(*shape), **settings))
+    weights = follow(ASGO([parameter], method=method, **settings), parameter, stream(*shape))
+    d = distance(weights, recursion(start(*shape).detach(), stream(*shape), **settings))
     assert d < tolerance
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", ["eigh", "polar_express"])
-def test_in_float32_it_stays_within_1e_6_of_the_way(method: Any, shape: tuple[int, int]) -> None:
+def test_asgo_in_float32_stays_within_1e_6_of_the_way(method: Any, shape: tuple[int, int]) -> None:
     parameter = start(*shape, torch.float32)
     settings: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.1, "epsilon": 1e-6}
-    found = follow(ASGO([parameter], method=method, **settings), parameter, stream(*shape))
-    d = distance(found, recursion(start(*shape).detach(), stream(*shape), **settings))
+    weights = follow(ASGO([parameter], method=method, **settings), parameter, stream(*shape))
+    d = distance(weights, recursion(start(*shape).detach(), stream(*shape), **settings))
     assert d < 1e-6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("method", "tolerance"), [("eigh", 1e-12), ("polar_express", 1e-6)])
-def test_without_averages_it_takes_the_orthogonal_factor_at_an_rms_of_0_2(
+def test_asgo_without_averages_steps_along_the_orthogonal_factor(
     method: Any, tolerance: float, shape: tuple[int, int]
 ) -> None:
     (grad,) = stream(*shape, steps=1)
@@ -111,7 +111,7 @@ def test_a_zero_gradient_moves_nothing(method: Any) -> None:
     assert torch.equal(follow(optimizer, parameter, [torch.zeros(6, 9)] * 3), start(6, 9).detach())
 
 
-def test_without_a_root_it_goes_along_the_momentum() -> None:
+def test_asgo_without_a_root_steps_along_the_momentum() -> None:
     parameter = start(6, 9)
     optimizer = ASGO([parameter], lr=1.0, betas=(0.0, 0.8), weight_decay=0.0)
     follow(optimizer, parameter, stream(6, 9, steps=2))
@@ -122,7 +122,7 @@ def test_without_a_root_it_goes_along_the_momentum() -> None:
     assert torch.allclose(follow(optimizer, parameter, [grad]), expected, rtol=0, atol=1e-12)
 
 
-def test_it_keeps_one_factor_of_the_shorter_side() -> None:
+def test_asgo_keeps_one_factor_of_the_shorter_side() -> None:
     parameter = start(12, 5)
     optimizer = ASGO([parameter])
     follow(optimizer, parameter, stream(12, 5, steps=1))
@@ -130,7 +130,7 @@ def test_it_keeps_one_factor_of_the_shorter_side() -> None:
     assert shapes == {"step": (), "owned": (), "factor.0": (5, 5), "momentum.0": (12, 5)}
 
 
-def test_it_keeps_to_the_rules_of_the_house() -> None:
+def test_asgo_resumes_maximizes_and_keeps_float32_state() -> None:
     assert goes_on_as_if_never_stopped(ASGO)
     assert mirrors_when_maximizing(ASGO, lambda params: ASGO(params, maximize=True))
     assert leaves_alone_what_has_no_gradient(ASGO)
@@ -145,6 +145,6 @@ def test_it_keeps_to_the_rules_of_the_house() -> None:
         ({"method": "newton"}, "there are eigh, polar_express"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_asgo_refuses_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         ASGO([start(3, 3)], **settings)

@@ -65,10 +65,10 @@ def recursion(
             rotated = bases[side].T @ factors[side] @ bases[side]
             if after and (rotated - rotated.diagonal().diag()).norm() <= tolerance * rotated.norm():
                 continue
-            found = new_basis(factors[side], bases[side], qr=bool(qr_iterations and after))
-            turn = (found.T @ bases[side]) ** 2
+            basis = new_basis(factors[side], bases[side], qr=bool(qr_iterations and after))
+            turn = (basis.T @ bases[side]) ** 2
             square = turn @ square if side == 0 else square @ turn.T
-            bases[side] = found
+            bases[side] = basis
         momentum = beta1 * momentum + (1 - beta1) * g
         square = beta2 * square + (1 - beta2) * (bases[0].T @ g @ bases[1]) ** 2
         direction = bases[0].T @ (momentum / (1 - beta1**t)) @ bases[1]
@@ -80,34 +80,34 @@ def recursion(
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999)])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_it_follows_its_recursion(kind: str, shape: tuple[int, int], betas: tuple[float, float]) -> None:
+def test_eshampoo_follows_its_recursion(kind: str, shape: tuple[int, int], betas: tuple[float, float]) -> None:
     # Both in float64. From the third step on factors have full rank, and gaps far above rounding.
     settings = {"lr": 0.02, "weight_decay": 0.1, "betas": betas, **SETTINGS[kind]}
     parameter = start(*shape)
-    found = follow(EShampoo([parameter], **settings), parameter, stream(*shape))
+    weights = follow(EShampoo([parameter], **settings), parameter, stream(*shape))
     expected = recursion(start(*shape).detach(), stream(*shape), **settings)
-    assert distance(found, expected) < 1e-12
+    assert distance(weights, expected) < 1e-12
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_in_float32_it_stays_within_1e_6_of_the_way(shape: tuple[int, int]) -> None:
+def test_eshampoo_in_float32_stays_within_1e_6_of_the_way(shape: tuple[int, int]) -> None:
     # A way as long as the first weights, whose own rounding would be 3e-6 of it at lr=0.02, and bases of ten gradients
     # or more: those of three have eigenvalues so close together that float32 turns their vectors by 1e-6.
     parameter = start(*shape, torch.float32)
     settings = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.95), **SETTINGS["when needed"]}
     settings |= {"precondition_frequency": 5, "start_preconditioning_step": 10}
-    found = follow(EShampoo([parameter], **settings), parameter, stream(*shape))
+    weights = follow(EShampoo([parameter], **settings), parameter, stream(*shape))
     expected = recursion(start(*shape).detach(), stream(*shape), **settings)
-    assert distance(found, expected) < 1e-6
+    assert distance(weights, expected) < 1e-6
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_before_its_first_basis_it_is_adamw(dtype: torch.dtype, tolerance: float) -> None:
+def test_eshampoo_is_adamw_before_its_first_basis(dtype: torch.dtype, tolerance: float) -> None:
     # In float32 both round 20 times, at 6e-8 of weights that are five times the way.
-    ours, theirs = start(6, 9, dtype), start(6, 9, dtype)
+    ours, twin = start(6, 9, dtype), start(6, 9, dtype)
     settings: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    found = follow(EShampoo([ours], start_preconditioning_step=21, **settings), ours, stream(6, 9))
-    assert distance(found, follow(torch.optim.AdamW([theirs], **settings), theirs, stream(6, 9))) < tolerance
+    weights = follow(EShampoo([ours], start_preconditioning_step=21, **settings), ours, stream(6, 9))
+    assert distance(weights, follow(torch.optim.AdamW([twin], **settings), twin, stream(6, 9))) < tolerance
 
 
 def test_a_new_basis_keeps_the_sum_of_the_second_moments() -> None:
@@ -138,7 +138,7 @@ def test_a_basis_is_refreshed_only_on_the_side_that_turned() -> None:
     assert counts == [[0, 0], [1, 1], [1, 1], [2, 1], [2, 1]]
 
 
-def test_a_batch_change_has_the_bases_looked_at_once_and_at_the_next_step() -> None:
+def test_a_batch_change_checks_the_bases_once_at_the_next_step() -> None:
     parameter = start(6, 9)
     optimizer = EShampoo([parameter], betas=(0.9, 0.9), precondition_frequency=100, tolerance=0.01)
     counts = []
@@ -156,24 +156,24 @@ def test_a_factor_without_eigenvectors_keeps_the_old_ones() -> None:
     follow(optimizer, parameter, stream(6, 9, steps=3))
     before = optimizer.state[parameter]["left_basis.0"].clone()
     optimizer.state[parameter]["left.0"][0, 0] = torch.inf
-    found = follow(optimizer, parameter, stream(6, 9, steps=1, seed=1))
+    weights = follow(optimizer, parameter, stream(6, 9, steps=1, seed=1))
     assert torch.equal(optimizer.state[parameter]["left_basis.0"], before)
-    assert bool(found.isfinite().all())
+    assert bool(weights.isfinite().all())
 
 
 def test_blocks_have_bases_of_their_own() -> None:
     settings: dict[str, Any] = {"lr": 0.02, **SETTINGS["always afresh"]}
     parameter = start(8, 8)
-    found = follow(EShampoo([parameter], max_preconditioner_dim=4, **settings), parameter, stream(8, 8))
+    weights = follow(EShampoo([parameter], max_preconditioner_dim=4, **settings), parameter, stream(8, 8))
     expected = start(8, 8).detach()
     for rows in (slice(0, 4), slice(4, 8)):
         for columns in (slice(0, 4), slice(4, 8)):
             grads = [grad[rows, columns] for grad in stream(8, 8)]
             expected[rows, columns] = recursion(expected[rows, columns], grads, **settings)
-    assert distance(found, expected) < 1e-12
+    assert distance(weights, expected) < 1e-12
 
 
-def test_it_keeps_to_the_rules_of_the_house() -> None:
+def test_eshampoo_resumes_maximizes_and_keeps_float32_state() -> None:
     assert goes_on_as_if_never_stopped(lambda params: EShampoo(params, lr=0.02, precondition_frequency=3))
     assert goes_on_as_if_never_stopped(lambda params: EShampoo(params, precondition_frequency=3, qr_iterations=2))
     assert mirrors_when_maximizing(EShampoo, lambda params: EShampoo(params, maximize=True))
@@ -191,6 +191,6 @@ def test_it_keeps_to_the_rules_of_the_house() -> None:
         ({"start_preconditioning_step": 1}, "whole numbers from 2"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_eshampoo_refuses_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         EShampoo([start(3, 3)], **settings)

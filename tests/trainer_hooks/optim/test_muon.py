@@ -15,7 +15,7 @@ from trainer_hooks.kernels import EXACT, NEWTON_SCHULZ_5
 from trainer_hooks.optim import Muon, Shampoo
 
 A, B, C = 3.4445, -4.7750, 2.0315
-"""Jordan's polynomial."""
+"""Coefficients of Jordan's polynomial."""
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ def test_muon_follows_its_recursion(shape: tuple[int, int]) -> None:
     assert distance(run_new(muon, grads), expected) < 1e-12
     # From zero, so that the distance travelled is not lost in the rounding of weights near 1.
     expected = recursion(grads, max(1, shape[0] / shape[1]) ** 0.5, start=0.0)
-    found = run_new(muon, grads, start=torch.zeros(shape), dtype=torch.float32)
-    assert distance(found, expected, start=0.0) < 1e-6
+    weights = run_new(muon, grads, start=torch.zeros(shape), dtype=torch.float32)
+    assert distance(weights, expected, start=0.0) < 1e-6
     plain = run_new(lambda p: muon(p, nesterov=False), grads)
     assert distance(plain, recursion(grads, max(1, shape[0] / shape[1]) ** 0.5, nesterov=False)) < 1e-12
 
@@ -70,18 +70,18 @@ def test_muon_agrees_with_the_one_in_torch(adjust: str) -> None:
     settings = {"lr": 0.02, "momentum": 0.95, "nesterov": True, "weight_decay": 0.1}
     scale = {"original": "shape", "match_rms_adamw": "rms_match"}[adjust]
     start = torch.zeros(16, 24)
-    found = run_new(
+    weights = run_new(
         lambda p: Muon(p, scale=scale, schedule=NEWTON_SCHULZ_5, **settings), grads, start=start, dtype=torch.float32
     )
     expected = run_new(
         lambda p: torch.optim.Muon(p, adjust_lr_fn=adjust, **settings), grads, start=start, dtype=torch.float32
     )
-    assert float(torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0)) > 0.999
-    assert float(found.norm()) == pytest.approx(float(expected.norm()), rel=0.02)
+    assert float(torch.nn.functional.cosine_similarity(weights.flatten(), expected.flatten(), dim=0)) > 0.999
+    assert float(weights.norm()) == pytest.approx(float(expected.norm()), rel=0.02)
 
 
 def test_muon_agrees_with_the_one_of_pytorch_optimizer() -> None:
-    # Its momentum is a sum, m <- beta m + g, which the orthogonalization does not tell from an average; bfloat16.
+    # In older versions its momentum is a sum, m <- beta m + g: the same orthogonal factor as of an average; bfloat16.
     grads = gradients(16, 24, steps=5)
     start = torch.zeros(16, 24)
 
@@ -91,8 +91,8 @@ def test_muon_agrees_with_the_one_of_pytorch_optimizer() -> None:
         )
 
     expected = run_new(theirs, grads, start=start, dtype=torch.float32)
-    found = run_new(lambda p: Muon(p, lr=0.02, schedule=NEWTON_SCHULZ_5), grads, start=start, dtype=torch.float32)
-    assert float(torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0)) > 0.999
+    weights = run_new(lambda p: Muon(p, lr=0.02, schedule=NEWTON_SCHULZ_5), grads, start=start, dtype=torch.float32)
+    assert float(torch.nn.functional.cosine_similarity(weights.flatten(), expected.flatten(), dim=0)) > 0.999
 
 
 def test_equal_shapes_in_one_batch_move_as_they_would_alone() -> None:
@@ -145,11 +145,11 @@ def test_independent_decay_does_not_follow_the_peak_learning_rate() -> None:
     start = torch.full((3, 5), 2.0, dtype=torch.float64)
     for rate in (0.01, 0.04):
         bare = run_new(lambda p, r=rate: muon(p, lr=r, weight_decay=0.0), [grad], start=start)
-        found = run_new(lambda p, r=rate: muon(p, lr=r, decay="independent", weight_decay=0.3), [grad], start=start)
-        assert torch.allclose(found, bare - 0.3 * start, atol=1e-12)
+        weights = run_new(lambda p, r=rate: muon(p, lr=r, decay="independent", weight_decay=0.3), [grad], start=start)
+        assert torch.allclose(weights, bare - 0.3 * start, atol=1e-12)
 
 
-def test_to_maximize_is_to_descend_along_the_negated_gradients() -> None:
+def test_maximizing_is_descending_along_the_negated_gradients() -> None:
     grads = gradients(4, 6)
     up = run_new(lambda p: muon(p, maximize=True), grads)
     assert torch.allclose(up, run_new(muon, [-grad for grad in grads]), rtol=0, atol=1e-15)
@@ -180,16 +180,20 @@ def test_a_parameter_without_gradient_is_left_alone_until_it_has_one() -> None:
     assert not torch.equal(still.detach(), torch.ones(3, 4))
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused_by_name() -> None:
+def test_muon_refuses_the_checkpoint_of_another_optimizer_by_name() -> None:
     parameter = nn.Parameter(torch.ones(3, 4))
     parameter.grad = torch.ones(3, 4)
     other = Shampoo([parameter])
     other.step()
+    saved = other.state_dict()
+    with pytest.raises(InvalidInputError, match="written by Shampoo, and Muon cannot"):
+        Muon([parameter]).load_state_dict(saved)
+    del saved["optimizer_class"]
     with pytest.raises(InvalidInputError, match=r"not Muon's: its groups hold .*grafting"):
-        Muon([parameter]).load_state_dict(other.state_dict())
+        Muon([parameter]).load_state_dict(saved)
 
 
-def test_what_it_cannot_do_is_said() -> None:
+def test_muon_refuses_parameters_and_settings_that_do_not_fit() -> None:
     with pytest.raises(GeometryError, match="give it to AdamW"):
         Muon([nn.Parameter(torch.zeros(3))])
     with pytest.raises(InvalidInputError, match="0 <= momentum < 1"):

@@ -47,7 +47,7 @@ def sgd(moving: nn.Parameter) -> torch.optim.Optimizer:
 
 
 def recursion(*, interval: int, lr: float, momentum: float, steps: int = STEPS) -> Tensor:
-    """SNOO around SGD."""
+    """Recursion of SNOO around SGD."""
     slow = weight().detach().clone()
     fast, buffer = slow.clone(), torch.zeros_like(slow)
     for step, grad in enumerate(grads_of(steps=steps)):
@@ -63,11 +63,11 @@ def recursion(*, interval: int, lr: float, momentum: float, steps: int = STEPS) 
 @pytest.mark.parametrize("interval", [1, 3, 5, 20, 21])
 def test_snoo_is_its_recursion_exactly(interval: int) -> None:
     moving = weight()
-    found = feed(SNOO(sgd(moving), interval=interval, lr=0.8, momentum=0.75), moving, grads_of())
-    assert torch.equal(found, recursion(interval=interval, lr=0.8, momentum=0.75))
+    weights = feed(SNOO(sgd(moving), interval=interval, lr=0.8, momentum=0.75), moving, grads_of())
+    assert torch.equal(weights, recursion(interval=interval, lr=0.8, momentum=0.75))
 
 
-def test_the_outer_step_is_nesterov_s_as_torch_has_it() -> None:
+def test_the_outer_step_is_torchs_nesterov_step() -> None:
     moving, outer = weight(), weight()
     wrapped = SNOO(sgd(moving), interval=4, lr=0.7, momentum=0.5)
     nesterov = torch.optim.SGD([outer], lr=0.7, momentum=0.5, nesterov=True)
@@ -93,7 +93,7 @@ def test_lookahead_is_its_recursion_exactly_and_snoo_without_momentum(interval: 
     assert torch.equal(feed(SNOO(sgd(other), interval=interval, lr=pull, momentum=0.0), other, grads_of()), fast)
 
 
-def test_the_first_outer_step_comes_after_a_whole_interval_and_gradients_stay_as_they_were() -> None:
+def test_the_first_outer_step_comes_after_a_whole_interval() -> None:
     moving, alone = weight(), weight()
     wrapped, inner = Lookahead(sgd(moving), interval=3), sgd(alone)
     boundaries = [wrapped.at_boundary]
@@ -108,7 +108,7 @@ def test_the_first_outer_step_comes_after_a_whole_interval_and_gradients_stay_as
     assert boundaries == [True, False, False, True, False, False, True, False]
 
 
-def test_schedulers_and_whoever_writes_the_rate_act_on_the_inner_optimizer() -> None:
+def test_schedulers_act_on_the_inner_optimizer() -> None:
     moving = weight()
     inner = sgd(moving)
     wrapped = SNOO(inner, interval=2)
@@ -148,7 +148,7 @@ def test_a_saved_optimizer_goes_on_bit_for_bit_between_boundaries(name: str, con
     assert torch.equal(feed(after, resumed, grads_of()[7:]), expected)
 
 
-def test_a_checkpoint_of_the_inner_optimizer_alone_begins_at_a_boundary() -> None:
+def test_a_checkpoint_of_the_inner_optimizer_alone_starts_at_a_boundary() -> None:
     moving, twin = weight(), weight()
     alone, inner = AdamW([moving], lr=0.1), AdamW([twin], lr=0.1)
     feed(alone, moving, grads_of()[:7])
@@ -199,10 +199,10 @@ def test_distributed_checkpoints_go_on_bit_for_bit(mesh: DeviceMesh, tmp_path: P
     saved: dict[str, Any] = {"model": before.state_dict(), "optimizer": get_optimizer_state_dict(before, optimizer)}
     dcp.save(saved, checkpoint_id=tmp_path / "checkpoint")
     after, optimizer = build()
-    found: dict[str, Any] = {"model": after.state_dict(), "optimizer": get_optimizer_state_dict(after, optimizer)}
-    dcp.load(found, checkpoint_id=tmp_path / "checkpoint")
-    after.load_state_dict(found["model"])
-    set_optimizer_state_dict(after, optimizer, found["optimizer"])
+    parts: dict[str, Any] = {"model": after.state_dict(), "optimizer": get_optimizer_state_dict(after, optimizer)}
+    dcp.load(parts, checkpoint_id=tmp_path / "checkpoint")
+    after.load_state_dict(parts["model"])
+    set_optimizer_state_dict(after, optimizer, parts["optimizer"])
     if sharded:
         assert isinstance(after.weight, DTensor)
         assert isinstance(optimizer.state[after.weight]["outer_momentum"], DTensor)
@@ -214,14 +214,14 @@ def test_distributed_checkpoints_go_on_bit_for_bit(mesh: DeviceMesh, tmp_path: P
 def test_a_checkpoint_before_the_first_step_changes_nothing(mesh: DeviceMesh, sharded: bool, make: type[SNOO]) -> None:
     """torch makes the state of an optimizer without any by a step at rate 0 on gradients of zeros."""
     module, twin = layer(mesh if sharded else None), layer(mesh if sharded else None)
-    asked, other = (make(torch.optim.SGD(m.parameters(), lr=0.1), interval=3) for m in (module, twin))
-    get_optimizer_state_dict(module, asked)
-    assert asked.num_steps == 0
-    assert asked.state, "there is something to load a checkpoint into"
-    assert torch.equal(feed_layer(asked, module, grads_of()), feed_layer(other, twin, grads_of()))
+    saved, other = (make(torch.optim.SGD(m.parameters(), lr=0.1), interval=3) for m in (module, twin))
+    get_optimizer_state_dict(module, saved)
+    assert saved.num_steps == 0
+    assert saved.state, "there is something to load a checkpoint into"
+    assert torch.equal(feed_layer(saved, module, grads_of()), feed_layer(other, twin, grads_of()))
 
 
-def test_first_gradients_of_zeros_and_later_steps_at_rate_0_count() -> None:
+def test_steps_on_first_gradients_of_zeros_and_later_ones_at_rate_0_count() -> None:
     moving = weight()
     optimizer = SNOO(torch.optim.SGD([moving], lr=0.1), interval=3)
     feed(optimizer, moving, [torch.zeros(4, 3, dtype=torch.float64)])
@@ -231,7 +231,7 @@ def test_first_gradients_of_zeros_and_later_steps_at_rate_0_count() -> None:
 
 
 @pytest.mark.parametrize("skipped", [0, 1, 2, 3])
-def test_a_skipped_step_counts_and_the_outer_step_comes_when_it_would_have(skipped: int) -> None:
+def test_a_skipped_step_counts_and_does_not_delay_the_outer_step(skipped: int) -> None:
     moving = weight()
     optimizer = SNOO(sgd(moving), interval=3, lr=0.8, momentum=0.5)
     slow = weight().detach().clone()
@@ -282,7 +282,7 @@ def test_slow_weights_of_a_model_under_fsdp2_are_seen_inside_and_gone_after(mesh
             pass
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda found: pickle.loads(pickle.dumps(found))])
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
 def test_a_copy_goes_on_by_itself_as_the_original_would(way: Callable[[Any], Any]) -> None:
     moving = weight()
     wrapped = SNOO(AdamW([moving], lr=0.1), interval=5)
@@ -312,7 +312,7 @@ def test_slow_weights_are_seen_inside_and_gone_after() -> None:
     assert torch.equal(feed(wrapped, moving, grads_of()[3:]), expected)
 
 
-def test_a_batch_changes_at_a_boundary_only_and_momentum_keeps_its_units_on_request() -> None:
+def test_batches_change_at_boundaries_and_momentum_keeps_its_units_on_request() -> None:
     kept, scaled = weight(), weight()
     one = SNOO(sgd(kept), interval=2, lr=0.8, momentum=0.5)
     other = SNOO(sgd(scaled), interval=2, lr=0.8, momentum=0.5, batch_exponent=0.5)
@@ -337,7 +337,7 @@ class Reacting(torch.optim.SGD):
         self.heard = global_batch_size, previous
 
 
-def test_what_the_inner_optimizer_offers_is_offered() -> None:
+def test_a_wrapper_has_the_abilities_of_the_inner_optimizer() -> None:
     moving = weight()
     reacting = Reacting([moving], lr=0.1)
     Lookahead(reacting).on_batch_change(global_batch_size=32, previous=8)
@@ -370,7 +370,7 @@ def test_a_parameter_without_gradient_and_a_frozen_one_do_not_move() -> None:
     assert torch.equal(frozen, before)
 
 
-def test_a_loss_comes_back_from_the_inner_closure() -> None:
+def test_step_returns_the_loss_of_the_closure() -> None:
     moving = weight()
     wrapped = Lookahead(AdamW([moving], lr=0.1))
 
@@ -384,7 +384,7 @@ def test_a_loss_comes_back_from_the_inner_closure() -> None:
     assert not torch.equal(moving, weight())
 
 
-def test_settings_out_of_range_are_refused() -> None:
+def test_wrappers_refuse_settings_out_of_range() -> None:
     inner = sgd(weight())
     with pytest.raises(InvalidInputError, match="1 <= interval"):
         SNOO(inner, interval=0)

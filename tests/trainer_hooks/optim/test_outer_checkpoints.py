@@ -1,4 +1,4 @@
-"""What a saved outer optimizer needs in order to go on bit for bit, however it is packed, and what it refuses."""
+"""Checkpoints of outer optimizers: bit for bit however they are packed, and those that are refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MAKERS: dict[str, Callable[[nn.Module], SNOO]] = {
 
 
 class Layer(nn.Module):
-    """One matrix."""
+    """Model of one matrix."""
 
     def __init__(self, start: Tensor | None = None) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("packing", ["nested", "flat", "full"])
 @pytest.mark.parametrize("stop", [3, 5, 7, 10])
 @pytest.mark.parametrize("name", MAKERS)
-def test_it_goes_on_bit_for_bit_within_an_interval_and_at_its_end(
+def test_a_wrapper_resumes_bit_for_bit_within_an_interval_and_at_its_end(
     one_rank: None, tmp_path: Path, name: str, stop: int, packing: str
 ) -> None:
     make, grads = MAKERS[name], gradients(*SHAPE)
@@ -65,8 +65,8 @@ def test_it_goes_on_bit_for_bit_within_an_interval_and_at_its_end(
     expected = run(make(straight), straight.weight, grads)
     saving = make(before)
     run(saving, before.weight, grads[:stop])
-    found = get_optimizer_state_dict(before, saving, options=options(packing))
-    dcp.save({"optimizer": found}, checkpoint_id=tmp_path / "checkpoint")
+    saved = get_optimizer_state_dict(before, saving, options=options(packing))
+    dcp.save({"optimizer": saved}, checkpoint_id=tmp_path / "checkpoint")
     for through_files in (False, True):
         after = Layer(before.weight)
         resumed = make(after)
@@ -74,14 +74,14 @@ def test_it_goes_on_bit_for_bit_within_an_interval_and_at_its_end(
             parts = {"optimizer": get_optimizer_state_dict(after, resumed, options=options(packing))}
             dcp.load(parts, checkpoint_id=tmp_path / "checkpoint")
         else:
-            parts = {"optimizer": copy.deepcopy(found)}
+            parts = {"optimizer": copy.deepcopy(saved)}
         set_optimizer_state_dict(after, resumed, parts["optimizer"], options=options(packing))
         assert resumed.num_steps == stop % 5
         assert torch.equal(run(resumed, after.weight, grads[stop:]), expected)
 
 
 @pytest.mark.parametrize("missing", ["outer_num_steps", "outer_interval"])
-def test_slow_weights_without_their_counts_are_refused_and_nothing_is_loaded(missing: str) -> None:
+def test_a_wrapper_refuses_slow_weights_without_counts_and_loads_nothing(missing: str) -> None:
     layer = Layer()
     optimizer = MAKERS["SNOO of AdamW"](layer)
     run(optimizer, layer.weight, gradients(*SHAPE)[:3])
@@ -93,7 +93,7 @@ def test_slow_weights_without_their_counts_are_refused_and_nothing_is_loaded(mis
     assert optimizer.num_steps == 3
 
 
-def test_parameters_that_counted_other_steps_are_refused() -> None:
+def test_a_wrapper_refuses_parameters_that_counted_other_steps() -> None:
     parameters = [nn.Parameter(torch.ones(SHAPE)), nn.Parameter(torch.ones(SHAPE))]
     optimizer = SNOO(torch.optim.SGD(parameters, lr=0.1), interval=5)
     for parameter in parameters:
@@ -106,7 +106,7 @@ def test_parameters_that_counted_other_steps_are_refused() -> None:
 
 
 @pytest.mark.parametrize("num_steps", [6, 7])
-def test_another_interval_is_refused_but_at_a_boundary(num_steps: int) -> None:
+def test_a_wrapper_takes_another_interval_at_a_boundary_only(num_steps: int) -> None:
     layer, grads = Layer(), gradients(*SHAPE)
     before = SNOO(AdamW(layer.parameters(), lr=0.1), interval=7)
     run(before, layer.weight, grads[:num_steps])
@@ -124,24 +124,24 @@ def test_another_interval_is_refused_but_at_a_boundary(num_steps: int) -> None:
 
 @pytest.mark.parametrize("packing", ["nested", "flat"])
 @pytest.mark.parametrize("wraps_last", [False, True])
-def test_asking_for_the_state_beside_a_loaded_inner_checkpoint_changes_nothing(packing: str, wraps_last: bool) -> None:
+def test_reading_the_state_beside_a_loaded_inner_checkpoint_changes_nothing(packing: str, wraps_last: bool) -> None:
     layer, grads = Layer(), gradients(*SHAPE)
     plain = AdamW(layer.parameters(), lr=0.1)
     run(plain, layer.weight, grads[:3])
     average = plain.state[layer.weight]["exp_avg"].clone()
-    found = get_optimizer_state_dict(layer, plain, options=options(packing))
+    saved = get_optimizer_state_dict(layer, plain, options=options(packing))
     other = Layer(layer.weight)
     inner = AdamW(other.parameters(), lr=0.1)
     if wraps_last:
-        set_optimizer_state_dict(other, inner, found, options=options(packing))
+        set_optimizer_state_dict(other, inner, saved, options=options(packing))
     wrapped = SNOO(inner, interval=5)
     if not wraps_last:
-        set_optimizer_state_dict(other, wrapped, found, options=options(packing))
-    asked = get_optimizer_state_dict(other, wrapped)
+        set_optimizer_state_dict(other, wrapped, saved, options=options(packing))
+    read = get_optimizer_state_dict(other, wrapped)
     assert float(inner.state[other.weight]["step"]) == 3
     assert torch.equal(inner.state[other.weight]["exp_avg"], average)
     assert wrapped.num_steps == 0
-    assert torch.equal(asked["state"]["weight"]["outer_slow"], layer.weight), "a checkpoint loads into what is there"
+    assert torch.equal(read["state"]["weight"]["outer_slow"], layer.weight), "a checkpoint loads into what is there"
 
 
 def test_weights_loaded_after_the_optimizer_are_where_the_interval_begins() -> None:
@@ -165,7 +165,7 @@ def test_weights_loaded_after_the_optimizer_are_where_the_interval_begins() -> N
     assert torch.equal(*ends)
 
 
-def test_ranks_count_alike_whatever_their_blocks_of_the_first_gradient_hold() -> None:
+def test_ranks_count_alike_with_any_blocks_of_the_first_gradient() -> None:
     """The rate is every rank's; that a block of the gradient is zero, or has no entries, is not."""
     blocks = torch.ones(SHAPE), torch.zeros(SHAPE), torch.zeros(0, 3)
     counted = set()
@@ -188,7 +188,7 @@ def test_a_session_counts_a_first_step_at_rate_0() -> None:
     assert optimizer.num_steps == 3
 
 
-def test_state_is_the_inner_one_s_and_the_outer_one_s() -> None:
+def test_state_merges_those_of_the_inner_and_the_outer_optimizer() -> None:
     layer = Layer()
     wrapped = SNOO(AdamW(layer.parameters(), lr=0.1), interval=5, momentum=0.5)
     state: Any = wrapped.state
@@ -227,7 +227,7 @@ def by_parameter(state: Any) -> None:
 
 
 def by_parameter_with_the_entries_own_class(state: Any) -> None:
-    """As Lightning moves collections."""
+    """Move collections as Lightning does."""
     for parameter, entries in state.items():
         state[parameter] = type(entries)({name: value.double() for name, value in entries.items()})
 
@@ -251,13 +251,13 @@ def test_state_can_be_moved_as_trainers_do_after_a_resume(convert: Callable[[Any
     assert wrapped.num_steps == 3
 
 
-def test_entries_of_the_state_are_made_and_deleted_where_they_belong() -> None:
+def test_state_makes_and_deletes_entries_where_they_belong() -> None:
     layer = Layer()
     wrapped = SNOO(AdamW(layer.parameters(), lr=0.1), interval=5, momentum=0.5)
     run(wrapped, layer.weight, gradients(*SHAPE)[:2])
     entries = wrapped.state[layer.weight]
     assert isinstance(entries, dict)
-    assert type(copy.deepcopy(entries)) is dict, "a copy is nobody's state"
+    assert type(copy.deepcopy(entries)) is dict, "a copy is a plain dict"
     average = wrapped.inner.state[layer.weight]["exp_avg"]
     assert entries.pop("exp_avg") is average
     entries.setdefault("mine", torch.ones(1))
@@ -272,7 +272,7 @@ def test_entries_of_the_state_are_made_and_deleted_where_they_belong() -> None:
 @pytest.mark.parametrize("stop", [3, 5])
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_checkpoint_that_counts_in_groups_goes_on_bit_for_bit(name: str, stop: int) -> None:
-    """As the first ones did, without an interval: it is the one that was built."""
+    """The first checkpoints did, without an interval: it is the one that was built."""
     make, grads = MAKERS[name], gradients(*SHAPE)
     before = Layer()
     saving = make(before)
@@ -291,6 +291,60 @@ def test_a_checkpoint_that_counts_in_groups_goes_on_bit_for_bit(name: str, stop:
     assert torch.equal(run(resumed, after.weight, grads[stop:]), run(saving, before.weight, grads[stop:]))
 
 
-def test_an_outer_optimizer_goes_around_no_other() -> None:
+def test_an_outer_optimizer_refuses_to_wrap_another() -> None:
     with pytest.raises(InvalidInputError, match="and no outer one"):
         Lookahead(MAKERS["SNOO of AdamW"](Layer()))
+
+
+WRAPPERS: dict[str, Callable[[torch.optim.Optimizer], SNOO]] = {
+    "SNOO": lambda inner: SNOO(inner, interval=5),
+    "Lookahead": lambda inner: Lookahead(inner, interval=5),
+}
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_checkpoint_carries_the_class_of_the_inner_optimizer(name: str, stop: int) -> None:
+    wrap, grads = WRAPPERS[name], gradients(*SHAPE)
+    layer = Layer()
+    before = wrap(AdamW(layer.parameters(), lr=0.1))
+    run(before, layer.weight, grads[:stop])
+    saved = copy.deepcopy(before.state_dict())
+    assert saved["optimizer_class"] == before.consolidated_state_dict()["optimizer_class"] == "AdamW"
+    other = Layer(layer.weight)
+    after = wrap(AdamW(other.parameters(), lr=0.1))
+    after.load_state_dict(copy.deepcopy(saved))
+    assert torch.equal(run(after, other.weight, grads[stop:]), run(before, layer.weight, grads[stop:]))
+    del saved["optimizer_class"]
+    wrap(AdamW(Layer().parameters(), lr=0.1)).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("inner", [Muon, torch.optim.SGD])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_refuses_the_checkpoint_of_another_inner_optimizer(name: str, inner: Any) -> None:
+    layer, other = Layer(), Layer()
+    before = WRAPPERS[name](AdamW(layer.parameters(), lr=0.1))
+    run(before, layer.weight, gradients(*SHAPE)[:3])
+    after = WRAPPERS[name](inner(other.parameters(), lr=0.1))
+    run(after, other.weight, gradients(*SHAPE)[:2])
+    weights = copy.deepcopy(after.state_dict()["state"])
+    for saved in (before.state_dict(), before.inner.state_dict()):
+        with pytest.raises(InvalidInputError, match=f"written by AdamW, and {inner.__name__} cannot"):
+            after.load_state_dict(copy.deepcopy(saved))
+    assert after.num_steps == 2
+    kept = after.state_dict()["state"]
+    assert all(torch.equal(torch.as_tensor(kept[0][entry]), torch.as_tensor(weights[0][entry])) for entry in weights[0])
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_of_torchs_adamw_goes_on_from_ours_and_back(name: str) -> None:
+    ours, twin = Layer(), Layer()
+    wrapped = [
+        WRAPPERS[name](AdamW(ours.parameters(), lr=0.1, weight_decay=0.0)),
+        WRAPPERS[name](torch.optim.AdamW(twin.parameters(), lr=0.1, weight_decay=0.0)),
+    ]
+    run(wrapped[0], ours.weight, gradients(*SHAPE)[:3])
+    wrapped[1].load_state_dict(copy.deepcopy(wrapped[0].state_dict()))
+    assert wrapped[1].num_steps == 3
+    assert "optimizer_class" not in wrapped[1].state_dict(), "torch writes none"
+    wrapped[0].load_state_dict(copy.deepcopy(wrapped[1].state_dict()))

@@ -62,20 +62,20 @@ def ball_norm(norm: str, weight: Tensor) -> float:
 @pytest.mark.parametrize(("norm", "shape"), CASES)
 @pytest.mark.parametrize("constrained", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_it_follows_its_recursion(norm: Any, shape: tuple[int, ...], constrained: bool, dtype: torch.dtype) -> None:
+def test_scion_follows_its_recursion(norm: Any, shape: tuple[int, ...], constrained: bool, dtype: torch.dtype) -> None:
     moving = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
     settings = {"lr": 0.05, "momentum": 0.8, "scale": 3.0, "weight_decay": float(constrained)}
-    found = run(Scion([moving], norm=norm, schedule=EXACT, dtype=None, **settings), moving, gradients(*shape))
+    weights = run(Scion([moving], norm=norm, schedule=EXACT, dtype=None, **settings), moving, gradients(*shape))
     weight, average = torch.ones(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     for grad in gradients(*shape):
         average = 0.8 * average + 0.2 * grad
         weight = (1 - 0.05 * constrained) * weight - 0.05 * 3.0 * oracle(norm, average)
     # spectral: condition of the orthogonal factor, about 100, times 20 roundings; the others are far below that.
-    assert (found - weight).norm() < 2000 * torch.finfo(dtype).eps * (weight - 1).norm()
+    assert (weights - weight).norm() < 2000 * torch.finfo(dtype).eps * (weight - 1).norm()
 
 
 @pytest.mark.parametrize(("norm", "shape"), CASES)
-def test_a_step_reaches_the_dual_norm_and_the_weights_stay_in_the_ball(norm: Any, shape: tuple[int, ...]) -> None:
+def test_steps_reach_the_dual_norm_and_weights_stay_in_the_ball(norm: Any, shape: tuple[int, ...]) -> None:
     # <g, P(g)> is the most that any point of the unit ball reaches, so no random point of the ball does better.
     grads = gradients(*shape, steps=40)
     moving = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
@@ -91,7 +91,7 @@ def test_a_step_reaches_the_dual_norm_and_the_weights_stay_in_the_ball(norm: Any
 
 
 @pytest.mark.parametrize(("norm", "shape"), CASES)
-def test_zeros_stay_zero_and_no_gradient_is_too_small(norm: Any, shape: tuple[int, ...]) -> None:
+def test_zeros_stay_zero_and_the_smallest_gradients_step_as_far(norm: Any, shape: tuple[int, ...]) -> None:
     settings: dict[str, Any] = {"lr": 1.0, "momentum": 0.0, "norm": norm, "schedule": EXACT, "dtype": None}
     grad = gradients(*shape)[0]
     grad[0] = 0
@@ -115,7 +115,7 @@ def test_float32_gradients_of_every_size_step_as_far(norm: Any, shape: tuple[int
     torch.testing.assert_close(step, -oracle(norm, grad.double()), rtol=1e-6, atol=0)
 
 
-def test_groups_have_norms_of_their_own_and_convolutions_and_experts_are_matrices() -> None:
+def test_groups_have_norms_of_their_own_over_convolutions_and_experts() -> None:
     shapes = {"sign": (5, 2, 3, 3), "row": (5, 2, 3), "column": (2, 5, 4), "spectral": (2, 4, 5)}
     grads = {norm: gradients(*shape)[0] for norm, shape in shapes.items()}
     moving = {norm: torch.nn.Parameter(torch.zeros_like(grad)) for norm, grad in grads.items()}
@@ -183,7 +183,7 @@ def test_a_sharded_bias_is_normalized_as_a_whole(mesh: DeviceMesh) -> None:
 
 
 @pytest.mark.parametrize(("norm", "shape"), [("spectral", WIDE), ("row", TALL), ("bias_rms", VECTOR)])
-def test_a_saved_optimizer_goes_on_bit_for_bit_and_up_is_the_mirror_of_down(norm: Any, shape: tuple[int, ...]) -> None:
+def test_a_saved_scion_goes_on_bit_for_bit_and_maximizes_as_a_mirror(norm: Any, shape: tuple[int, ...]) -> None:
     straight, moving, up, still = (torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for _ in range(4))
     grads = gradients(*shape)
     expected = run(Scion([straight], lr=0.1, norm=norm), straight, grads)
@@ -196,7 +196,7 @@ def test_a_saved_optimizer_goes_on_bit_for_bit_and_up_is_the_mirror_of_down(norm
     assert torch.equal(still, torch.zeros_like(still))
 
 
-def test_what_it_cannot_do_is_said() -> None:
+def test_scion_refuses_norms_and_settings_that_do_not_fit() -> None:
     matrix, vector = torch.nn.Parameter(torch.zeros(4, 3)), torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(InvalidInputError, match="norm='nuclear'; there are spectral, sign"):
         Scion([matrix], norm="nuclear")  # type: ignore[arg-type]

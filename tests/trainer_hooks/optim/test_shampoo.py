@@ -92,27 +92,27 @@ def recursion(
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_it_follows_its_recursion(kind: str, shape: tuple[int, int]) -> None:
+def test_shampoo_follows_its_recursion(kind: str, shape: tuple[int, int]) -> None:
     # Both in float64, whose rounding the roots of factors damped at 1e-6 enlarge by 1e3 at most.
     settings = {"precondition_frequency": 1, **SETTINGS[kind]}
     parameter = start(*shape)
-    found = follow(Shampoo([parameter], lr=0.02, weight_decay=0.1, **settings), parameter, stream(*shape))
+    weights = follow(Shampoo([parameter], lr=0.02, weight_decay=0.1, **settings), parameter, stream(*shape))
     expected = recursion(start(*shape).detach(), stream(*shape), lr=0.02, weight_decay=0.1, **settings)
-    assert distance(found, expected) < 1e-10
+    assert distance(weights, expected) < 1e-10
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_in_float32_it_stays_within_1e_5_of_the_way(shape: tuple[int, int]) -> None:
+def test_shampoo_in_float32_stays_within_1e_5_of_the_way(shape: tuple[int, int]) -> None:
     # Eigenvalues are off by 1e-7 of the largest. Damped at 1e-3 of it, the root of the smallest is off by 1e-4 / 4.
     parameter = start(*shape, torch.float32)
     settings: dict[str, Any] = {"weight_decay": 0.1, "epsilon": 1e-3, "precondition_frequency": 1}
-    found = follow(Shampoo([parameter], lr=0.02, **settings), parameter, stream(*shape))
+    weights = follow(Shampoo([parameter], lr=0.02, **settings), parameter, stream(*shape))
     expected = recursion(start(*shape).detach(), stream(*shape), lr=0.02, **settings)
-    assert distance(found, expected) < 1e-5
+    assert distance(weights, expected) < 1e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_without_averages_and_damping_it_takes_the_orthogonal_factor(shape: tuple[int, int]) -> None:
+def test_shampoo_without_averages_and_damping_takes_the_orthogonal_factor(shape: tuple[int, int]) -> None:
     (grad,) = stream(*shape, steps=1)
     parameter = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
     bare = Shampoo([parameter], lr=1.0, betas=(0.0, 0.0), epsilon=0.0, grafting="none")
@@ -124,13 +124,15 @@ def test_without_averages_and_damping_it_takes_the_orthogonal_factor(shape: tupl
 def test_blocks_are_preconditioned_and_grafted_each_by_itself() -> None:
     grads = stream(10, 7)
     parameter = start(10, 7)
-    found = follow(Shampoo([parameter], lr=0.02, max_preconditioner_dim=4, precondition_frequency=1), parameter, grads)
+    weights = follow(
+        Shampoo([parameter], lr=0.02, max_preconditioner_dim=4, precondition_frequency=1), parameter, grads
+    )
     expected = start(10, 7).detach()
     for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
         for columns in (slice(0, 4), slice(4, 7)):
             block = recursion(expected[rows, columns], [grad[rows, columns] for grad in grads], lr=0.02)
             expected[rows, columns] = block
-    assert distance(found, expected) < 1e-10
+    assert distance(weights, expected) < 1e-10
 
 
 def test_equal_shapes_in_one_batch_move_as_they_would_alone() -> None:
@@ -149,32 +151,32 @@ def test_equal_shapes_in_one_batch_move_as_they_would_alone() -> None:
 @pytest.mark.parametrize("grafting", ["adam", "rms_match", "none"])
 def test_a_zero_gradient_moves_nothing(grafting: str) -> None:
     parameter = start(6, 9)
-    found = follow(Shampoo([parameter], lr=0.02, grafting=grafting), parameter, [torch.zeros(6, 9)] * 3)
-    assert torch.equal(found, start(6, 9).double())
+    weights = follow(Shampoo([parameter], lr=0.02, grafting=grafting), parameter, [torch.zeros(6, 9)] * 3)
+    assert torch.equal(weights, start(6, 9).double())
 
 
 @pytest.mark.parametrize("halves", [False, True])
-def test_without_epsilon_a_first_gradient_of_zeros_leaves_the_roots_at_the_identity(halves: bool) -> None:
+def test_a_first_gradient_of_zeros_leaves_undamped_roots_at_the_identity(halves: bool) -> None:
     """Then the update is the momentum at the norm of Adam's, until the next roots."""
     parameter = start(6, 9)
     optimizer = Shampoo([parameter], lr=0.02, epsilon=0.0, precondition_frequency=50, update_bias_correction=halves)
     if halves:
         optimizer.supply_halves({parameter: torch.zeros(6, 9)})
     (grad,) = stream(6, 9, steps=1)
-    found = follow(optimizer, parameter, [torch.zeros(6, 9), grad])
+    weights = follow(optimizer, parameter, [torch.zeros(6, 9), grad])
     momentum, second_moment = 0.1 * grad / (1 - 0.9**2), 0.001 * grad**2 / (1 - 0.999**2)
     adam = momentum / (second_moment.sqrt() + 1e-8)
     expected = start(6, 9).detach() - 0.02 * momentum * adam.norm() / momentum.norm()
-    assert distance(found, expected) < 1e-12
+    assert distance(weights, expected) < 1e-12
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e20, 1e37])
-def test_rms_match_has_its_rms_where_squares_of_the_gradient_overflow_or_vanish(scale: float) -> None:
+def test_rms_match_has_its_rms_where_squares_overflow_or_vanish(scale: float) -> None:
     parameter = torch.nn.Parameter(torch.zeros(6, 9))
     optimizer = Shampoo([parameter], lr=1.0, grafting="rms_match")
-    found = follow(optimizer, parameter, [scale * stream(6, 9)[0]])
+    weights = follow(optimizer, parameter, [scale * stream(6, 9)[0]])
     # Float32 rounds 54 squares and entries; entries of 1e-38 have 7 bits less.
-    assert float(found.square().mean().sqrt()) == pytest.approx(0.2, rel=1e-5)
+    assert float(weights.square().mean().sqrt()) == pytest.approx(0.2, rel=1e-5)
 
 
 def test_a_factor_that_cannot_be_decomposed_keeps_the_old_root() -> None:
@@ -183,14 +185,14 @@ def test_a_factor_that_cannot_be_decomposed_keeps_the_old_root() -> None:
     follow(optimizer, parameter, stream(6, 9, steps=3))
     before = {name: value.clone() for name, value in optimizer.state[parameter].items() if "root" in name}
     optimizer.state[parameter]["left.0"][0, 0] = torch.inf
-    found = follow(optimizer, parameter, stream(6, 9, steps=1, seed=1))
+    weights = follow(optimizer, parameter, stream(6, 9, steps=1, seed=1))
     after = optimizer.state[parameter]
     assert torch.equal(after["left_root.0"], before["left_root.0"])
     assert not torch.equal(after["right_root.0"], before["right_root.0"])
-    assert bool(found.isfinite().all())
+    assert bool(weights.isfinite().all())
 
 
-def test_a_batch_change_computes_the_roots_once_and_at_the_next_step() -> None:
+def test_a_batch_change_computes_the_roots_once_at_the_next_step() -> None:
     parameter = start(6, 9)
     optimizer = Shampoo([parameter], lr=0.02, precondition_frequency=100)
     roots: list[Tensor] = []
@@ -202,7 +204,7 @@ def test_a_batch_change_computes_the_roots_once_and_at_the_next_step() -> None:
     assert [torch.equal(*pair) for pair in pairwise(roots)] == [True, True, False, True, True]
 
 
-def test_the_wish_for_roots_after_a_batch_change_survives_a_checkpoint() -> None:
+def test_roots_due_after_a_batch_change_survive_a_checkpoint() -> None:
     grads = stream(6, 9, steps=5)
     straight, resumed = start(6, 9), start(6, 9)
     whole, before = (Shampoo([parameter], precondition_frequency=100) for parameter in (straight, resumed))
@@ -259,7 +261,7 @@ def test_halves_without_difference_are_a_plain_step() -> None:
     assert distance(halved.detach(), plain.detach()) < 1e-12
 
 
-def test_it_keeps_to_the_rules_of_the_house() -> None:
+def test_shampoo_resumes_maximizes_and_keeps_float32_state() -> None:
     assert goes_on_as_if_never_stopped(lambda params: Shampoo(params, lr=0.02, precondition_frequency=3, nesterov=True))
     assert mirrors_when_maximizing(Shampoo, lambda params: Shampoo(params, maximize=True))
     assert leaves_alone_what_has_no_gradient(Shampoo)
@@ -278,12 +280,12 @@ def test_it_keeps_to_the_rules_of_the_house() -> None:
         ({"method": "svd"}, "there are eigh, newton"),
         ({"method": "newton", "epsilon": 0.0}, "pass 1e-6"),
         ({"factors": "kl", "exponent": 0.5, "update_bias_correction": True}, "leave one"),
-        ({"method": "newton", "update_bias_correction": True}, "which method='newton' does not know"),
+        ({"method": "newton", "update_bias_correction": True}, "which method='newton' does not compute"),
         ({"grafting": "none", "start_preconditioning_step": 5}, "start at 1, or graft"),
         ({"precondition_frequency": 0}, "whole numbers from 1"),
         ({"max_preconditioner_dim": 1.5}, "whole numbers from 1"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_shampoo_refuses_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         Shampoo([start(3, 3)], **settings)

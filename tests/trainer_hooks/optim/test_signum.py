@@ -27,14 +27,14 @@ def test_signum_follows_its_recursion(decay: str) -> None:
     assert torch.allclose(parameter.detach(), weight, rtol=0, atol=1e-12)
 
 
-def test_without_momentum_signum_is_sign_descent() -> None:
+def test_signum_without_momentum_is_sign_descent() -> None:
     grads = gradients(5)
     expected = 1 - 0.5 * torch.stack([grad.sign() for grad in grads]).sum(0)
     assert torch.equal(run_new(lambda p: SignSGD(p, lr=0.5), grads), expected)
     assert torch.equal(run_new(lambda p: Signum(p, lr=0.5, momentum=0.0), grads), expected)
 
 
-def test_to_maximize_is_to_descend_along_the_negated_gradients() -> None:
+def test_maximizing_is_descending_along_the_negated_gradients() -> None:
     grads = gradients(4, 2)
     up = run_new(lambda p: Signum(p, lr=0.1, maximize=True), grads)
     assert torch.equal(up, run_new(lambda p: Signum(p, lr=0.1), [-grad for grad in grads]))
@@ -60,7 +60,7 @@ def test_a_parameter_without_gradient_does_not_even_decay() -> None:
     assert not torch.equal(moving.detach(), torch.ones(3))
 
 
-def test_the_closure_is_evaluated_with_gradients() -> None:
+def test_step_evaluates_the_closure_with_gradients() -> None:
     parameter = nn.Parameter(torch.tensor([3.0]))
     optimizer = Signum([parameter], lr=1.0)
 
@@ -83,7 +83,7 @@ def test_independent_decay_counts_from_the_rate_that_a_scheduler_warms_up_to() -
     assert parameter.item() == pytest.approx(1 - 0.5 * 0.4, abs=1e-15)
 
 
-def test_what_they_cannot_do_is_said() -> None:
+def test_signum_refuses_settings_and_gradients_that_do_not_fit() -> None:
     parameter = nn.Parameter(torch.zeros(3))
     with pytest.raises(InvalidInputError, match="got lr=0; build the optimizer with the rate after warm-up"):
         Signum([parameter], lr=0.0, decay="independent")

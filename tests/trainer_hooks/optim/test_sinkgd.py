@@ -14,34 +14,34 @@ SHAPES = [(4, 12), (12, 4), (6, 6)]
 
 
 def sinkhorn(grad: Tensor, rounds: int) -> Tensor:
-    found = grad.double().clone()
-    num_rows, num_columns = found.shape
+    normalized = grad.double().clone()
+    num_rows, num_columns = normalized.shape
     for _ in range(rounds):
-        for row in found:
+        for row in normalized:
             row *= num_columns**0.5 / max(float((row**2).sum()) ** 0.5, 1e-8)
-        for column in found.T:
+        for column in normalized.T:
             column *= num_rows**0.5 / max(float((column**2).sum()) ** 0.5, 1e-8)
-    return found
+    return normalized
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
-def test_it_follows_the_loop(shape: tuple[int, ...], dtype: torch.dtype, bound: float) -> None:
+def test_sinkgd_follows_the_published_loop(shape: tuple[int, ...], dtype: torch.dtype, bound: float) -> None:
     # Ten divisions and a sum of rounded steps: some ulps of the weights, which are of the distance's order.
     moving = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
-    found = run(SinkGD([moving], lr=0.05, weight_decay=0.1), moving, [grad.to(dtype) for grad in gradients(*shape)])
+    weights = run(SinkGD([moving], lr=0.05, weight_decay=0.1), moving, [grad.to(dtype) for grad in gradients(*shape)])
     expected = torch.ones(shape, dtype=torch.float64)
     for grad in gradients(*shape):
         expected = expected * (1 - 0.05 * 0.1) - 0.05 * sinkhorn(grad.to(dtype), 5)
-    assert (found - expected).norm() < bound * (expected - 1).norm()
+    assert (weights - expected).norm() < bound * (expected - 1).norm()
 
 
-def test_rounds_on_bfloat16_are_in_float32() -> None:
+def test_rounds_on_bfloat16_run_in_float32() -> None:
     grad = gradients(12, 4)[0].bfloat16()
     moving = torch.nn.Parameter(torch.zeros(12, 4, dtype=torch.bfloat16))
-    found, expected = run(SinkGD([moving], lr=1.0), moving, [grad]), -sinkhorn(grad, 5)
+    weights, expected = run(SinkGD([moving], lr=1.0), moving, [grad]), -sinkhorn(grad, 5)
     # One rounding of the result to 8 bits, and float32's; ten divisions in bfloat16 would be off by several of these.
-    assert torch.all((found - expected).abs() <= (2**-8 + 1e-5) * expected.abs())
+    assert torch.all((weights - expected).abs() <= (2**-8 + 1e-5) * expected.abs())
 
 
 def test_rows_and_columns_of_a_gaussian_matrix_come_to_rms_one() -> None:
@@ -62,20 +62,20 @@ def test_rows_and_columns_of_a_gaussian_matrix_come_to_rms_one() -> None:
 def test_the_size_of_the_gradient_does_not_matter(scale: float) -> None:
     one, other = (torch.nn.Parameter(torch.zeros(6, 9, dtype=torch.float64)) for _ in range(2))
     expected = run(SinkGD([one], lr=1.0), one, gradients(6, 9, steps=1))
-    found = run(SinkGD([other], lr=1.0), other, [scale * gradients(6, 9)[0]])
-    assert torch.allclose(found, expected, rtol=1e-12)
+    weights = run(SinkGD([other], lr=1.0), other, [scale * gradients(6, 9)[0]])
+    assert torch.allclose(weights, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [1e20, 1e37])
 def test_squares_of_float32_may_overflow(scale: float) -> None:
     moving = torch.nn.Parameter(torch.zeros(6, 9))
     grad = (scale * gradients(6, 9)[0]).float()
-    found = run(SinkGD([moving], lr=1.0), moving, [grad])
+    weights = run(SinkGD([moving], lr=1.0), moving, [grad])
     # Ten divisions in float32.
-    assert torch.allclose(found, -sinkhorn(grad, 5), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(weights, -sinkhorn(grad, 5), rtol=1e-5, atol=1e-6)
 
 
-def test_zero_rows_and_columns_stay_zero_and_the_rest_is_as_without_them() -> None:
+def test_zero_rows_and_columns_stay_zero_and_do_not_change_the_rest() -> None:
     grad = torch.zeros(5, 7, dtype=torch.float64)
     inner = gradients(4, 6)[0]
     grad[1:, 1:] = inner
@@ -88,7 +88,7 @@ def test_zero_rows_and_columns_stay_zero_and_the_rest_is_as_without_them() -> No
     assert torch.equal(run(SinkGD([moving], lr=1.0), moving, [torch.zeros_like(grad)]), -step)
 
 
-def test_up_is_the_mirror_of_down_and_it_keeps_nothing() -> None:
+def test_sinkgd_maximizes_as_a_mirror_and_keeps_no_state() -> None:
     down, up, still = (torch.nn.Parameter(torch.zeros(4, 5, dtype=torch.float64)) for _ in range(3))
     expected = run(SinkGD([down], lr=0.1), down, gradients(4, 5))
     optimizer = SinkGD([up, still], lr=0.1, maximize=True)
@@ -97,7 +97,7 @@ def test_up_is_the_mirror_of_down_and_it_keeps_nothing() -> None:
     assert not any(optimizer.state_dict()["state"].values())
 
 
-def test_what_it_cannot_do_is_said() -> None:
+def test_sinkgd_refuses_vectors_and_settings_out_of_range() -> None:
     with pytest.raises(GeometryError, match=r"SinkGD: .* give it to AdamW"):
         SinkGD([torch.nn.Parameter(torch.zeros(3))])
     with pytest.raises(InvalidInputError, match="1 <= rounds"):

@@ -40,7 +40,7 @@ def published(
     precondition_frequency: int = 10,
     longest: int = 10000,
 ) -> tuple[Tensor, list[float]]:
-    """Where it ends, and the RMS of its updates, over lr."""
+    """Return the weights at the end, and the RMS of the updates over lr."""
     beta1, beta2 = betas
     bases = [torch.eye(size).double() for size in weight.shape]
     factors = [torch.zeros(size, size).double() for size in weight.shape]
@@ -83,28 +83,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_without_guard_it_follows_the_published_algorithm(kind: str, shape: tuple[int, int]) -> None:
+def test_soap_without_guard_follows_the_published_algorithm(kind: str, shape: tuple[int, int]) -> None:
     # The first basis of the longer side has null directions which no two decompositions share, so that side is left
     # alone, as one that is too long is.
     parameter = start(*shape)
     settings = {"lr": 0.02, "weight_decay": 0.1, **SETTINGS[kind]}
     optimizer = SOAP([parameter], guard=False, max_preconditioner_dim=min(shape), **settings)
-    found = follow(optimizer, parameter, stream(*shape))
+    weights = follow(optimizer, parameter, stream(*shape))
     expected, _ = published(start(*shape).detach(), stream(*shape), longest=min(shape), **settings)
-    assert distance(found, expected) < 1e-12
+    assert distance(weights, expected) < 1e-12
 
 
-def test_in_float32_it_stays_within_1e_6_of_the_way() -> None:
+def test_soap_in_float32_stays_within_1e_6_of_the_way() -> None:
     # A way as long as the first weights, whose own rounding would be 3e-6 of it at lr=0.02.
     parameter = start(6, 6, torch.float32)
     settings: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1}
-    found = follow(SOAP([parameter], guard=False, **settings), parameter, stream(6, 6))
+    weights = follow(SOAP([parameter], guard=False, **settings), parameter, stream(6, 6))
     expected, _ = published(start(6, 6).detach(), stream(6, 6), **settings)
-    assert distance(found, expected) < 1e-6
+    assert distance(weights, expected) < 1e-6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_without_guard_it_is_the_soap_of_pytorch_optimizer(shape: tuple[int, int]) -> None:
+def test_soap_without_guard_is_the_one_of_pytorch_optimizer(shape: tuple[int, int]) -> None:
     settings = {"lr": 3e-3, "betas": (0.95, 0.95), "precondition_frequency": 5, "weight_decay": 0.0}
     ends = []
     for build in (partial(SOAP, guard=False, **settings), partial(pytorch_optimizer.SOAP, **settings)):
@@ -119,8 +119,8 @@ def test_the_guard_changes_nothing_while_the_basis_stands_still() -> None:
     for betas in ((0.95, 0.95), (0.9, 0.999), (0.0, 0.5), (0.7, 0.49)):
         guarded, bare = start(6, 9), start(6, 9)
         settings: dict[str, Any] = {"betas": betas, "shampoo_beta": 0.9, "precondition_frequency": 100}
-        found = follow(SOAP([guarded], **settings), guarded, grads)
-        assert distance(found, follow(SOAP([bare], guard=False, **settings), bare, grads)) < 1e-12
+        weights = follow(SOAP([guarded], **settings), guarded, grads)
+        assert distance(weights, follow(SOAP([bare], guard=False, **settings), bare, grads)) < 1e-12
 
 
 def falling(side: int, seed: int) -> list[Tensor]:
@@ -130,16 +130,16 @@ def falling(side: int, seed: int) -> list[Tensor]:
     return [*grads[:2], 1e-4 * grads[2], 1e-4 * grads[3]]
 
 
-def test_the_published_update_spikes_after_its_first_refresh_and_the_guarded_one_does_not() -> None:
+def test_only_the_published_update_spikes_after_its_first_refresh() -> None:
     lr = 0.01
     spikes = []
     for seed in range(8):
         settings: dict[str, Any] = {"lr": lr, "weight_decay": 0.0, "precondition_frequency": 1}
         bare, guarded = start(16, 16), start(16, 16)
         _, sizes = published(start(16, 16).detach(), falling(16, seed), **settings)
-        _, *found = steps_of(SOAP([bare], guard=False, **settings), bare, falling(16, seed), lr)
+        _, *steps = steps_of(SOAP([bare], guard=False, **settings), bare, falling(16, seed), lr)
         first, *held = steps_of(SOAP([guarded], **settings), guarded, falling(16, seed), lr)
-        assert found == pytest.approx(sizes, rel=1e-6)
+        assert steps == pytest.approx(sizes, rel=1e-6)
         assert first == 0
         # Equal betas: no entry of an update exceeds 1.
         assert max(held) < 1 + 1e-9
@@ -157,28 +157,28 @@ def test_the_guard_lets_through_what_a_basis_that_stands_still_can_give() -> Non
     bare = torch.nn.Parameter(torch.zeros(1, 1, dtype=torch.float64))
     settings: dict[str, Any] = {"lr": 1.0, "betas": (beta1, beta2), "weight_decay": 0.0, "epsilon": 0.0}
     held = steps_of(SOAP([guarded], **settings), guarded, grads, 1.0)
-    found = steps_of(SOAP([bare], guard=False, **settings), bare, grads, 1.0)
-    assert held == pytest.approx(found, rel=1e-12)
-    assert found[-1] > 1
+    free = steps_of(SOAP([bare], guard=False, **settings), bare, grads, 1.0)
+    assert held == pytest.approx(free, rel=1e-12)
+    assert free[-1] > 1
 
 
 def test_the_first_gradient_moves_and_decays_nothing() -> None:
     parameter = start(6, 9)
-    found = follow(SOAP([parameter], lr=0.1, weight_decay=0.5), parameter, stream(6, 9, steps=1))
-    assert torch.equal(found, start(6, 9).detach())
+    weights = follow(SOAP([parameter], lr=0.1, weight_decay=0.5), parameter, stream(6, 9, steps=1))
+    assert torch.equal(weights, start(6, 9).detach())
 
 
-def test_a_state_dict_asked_for_before_the_first_step_changes_no_step() -> None:
+def test_a_distributed_state_dict_before_the_first_step_changes_no_step() -> None:
     model = torch.nn.Linear(9, 6, bias=False, dtype=torch.float64)
     begin = model.weight.detach().clone()
     optimizer = SOAP(model.parameters(), lr=0.02, weight_decay=0.1, guard=False)
     get_optimizer_state_dict(model, optimizer)
-    found = follow(optimizer, model.weight, stream(6, 9))
+    weights = follow(optimizer, model.weight, stream(6, 9))
     expected, _ = published(begin, stream(6, 9), lr=0.02, weight_decay=0.1)
-    assert float((found - expected).norm() / (expected - begin).norm()) < 1e-9  # float64, as without asking
+    assert float((weights - expected).norm() / (expected - begin).norm()) < 1e-9  # float64, as without asking
 
 
-def test_work_is_counted_on_the_sides_that_are_rotated_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_counts_the_sides_that_are_rotated_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[float] = []
 
     def recorded(parameters: Any, costs: list[float], group: Any) -> Exchange:
@@ -194,7 +194,7 @@ def test_work_is_counted_on_the_sides_that_are_rotated_alone(monkeypatch: pytest
     assert counted == [2 * 20 * 6 * 6 + 10 * 6**3 / 5, 2 * 6 * 5 * (6 + 5) + 10 * (6**3 + 5**3) / 5]
 
 
-def test_a_batch_change_turns_the_basis_once_and_at_the_next_step() -> None:
+def test_a_batch_change_turns_the_basis_once_at_the_next_step() -> None:
     parameter = start(6, 9)
     optimizer = SOAP([parameter], precondition_frequency=100)
     bases: list[Tensor] = []
@@ -212,12 +212,12 @@ def test_a_factor_that_is_not_finite_keeps_the_old_basis() -> None:
     follow(optimizer, parameter, stream(6, 9, steps=3))
     before = optimizer.state[parameter]["left_basis.0"].clone()
     optimizer.state[parameter]["left.0"][0, 0] = torch.inf
-    found = follow(optimizer, parameter, stream(6, 9, steps=2, seed=1))
+    weights = follow(optimizer, parameter, stream(6, 9, steps=2, seed=1))
     assert torch.equal(optimizer.state[parameter]["left_basis.0"], before)
-    assert bool(found.isfinite().all())
+    assert bool(weights.isfinite().all())
 
 
-def test_it_keeps_to_the_rules_of_the_house() -> None:
+def test_soap_resumes_maximizes_and_keeps_float32_state() -> None:
     assert goes_on_as_if_never_stopped(lambda params: SOAP(params, precondition_frequency=3))
     assert mirrors_when_maximizing(SOAP, lambda params: SOAP(params, maximize=True))
     assert leaves_alone_what_has_no_gradient(SOAP)
@@ -233,6 +233,6 @@ def test_it_keeps_to_the_rules_of_the_house() -> None:
         ({"precondition_frequency": 0}, "whole numbers from 1"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_soap_refuses_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         SOAP([start(3, 3)], **settings)

@@ -27,15 +27,17 @@ def recursion(shape: tuple[int, ...], *, lr: float, weight_decay: float, by_nucl
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("by_nuclear_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_it_follows_the_singular_vectors(shape: tuple[int, ...], by_nuclear_norm: bool, dtype: torch.dtype) -> None:
+def test_specsgd_steps_along_the_singular_vectors(
+    shape: tuple[int, ...], by_nuclear_norm: bool, dtype: torch.dtype
+) -> None:
     moving = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
     optimizer = SpecSGD([moving], lr=0.02, weight_decay=0.1, scale_by_nuclear_norm=by_nuclear_norm)
-    found = run(optimizer, moving, gradients(*shape))
+    weights = run(optimizer, moving, gradients(*shape))
     expected = recursion(shape, lr=0.02, weight_decay=0.1, by_nuclear_norm=by_nuclear_norm)
     travelled = (expected - 1).norm()
     # The factor's condition is s_1 over the gap of its smallest value to zero, about 100 here; times 20 roundings.
     bound = 2000 * torch.finfo(dtype).eps
-    assert (found - expected).norm() < bound * travelled
+    assert (weights - expected).norm() < bound * travelled
 
 
 def test_the_step_by_nuclear_norm_is_the_steepest_of_its_size() -> None:
@@ -66,12 +68,12 @@ def test_heads_and_experts_are_matrices_of_their_own() -> None:
     for parameter, grad in zip(moving, (fused, stacked), strict=True):
         parameter.grad = grad.clone()
     optimizer.step()
-    for found, grad in ((moving[0][:2], fused[:2]), (moving[0][2:], fused[2:]), *zip(moving[1], stacked, strict=True)):
+    for moved, grad in ((moving[0][:2], fused[:2]), (moving[0][2:], fused[2:]), *zip(moving[1], stacked, strict=True)):
         left, _, right = torch.linalg.svd(grad, full_matrices=False)
-        assert torch.allclose(found, -left @ right, rtol=0, atol=1e-13)  # float64, condition about 10
+        assert torch.allclose(moved, -left @ right, rtol=0, atol=1e-13)  # float64, condition about 10
 
 
-def test_up_is_the_mirror_of_down_and_it_keeps_nothing() -> None:
+def test_specsgd_maximizes_as_a_mirror_and_keeps_no_state() -> None:
     down, up, still = (torch.nn.Parameter(torch.zeros(4, 5, dtype=torch.float64)) for _ in range(3))
     expected = run(SpecSGD([down], lr=0.1), down, gradients(4, 5))
     optimizer = SpecSGD([up, still], lr=0.1, maximize=True)
@@ -84,6 +86,6 @@ def test_up_is_the_mirror_of_down_and_it_keeps_nothing() -> None:
     assert torch.allclose(run(resumed, up, gradients(4, 5)), -2 * expected, rtol=0, atol=1e-14)  # sums from elsewhere
 
 
-def test_what_is_no_matrix_is_refused() -> None:
+def test_specsgd_refuses_vectors() -> None:
     with pytest.raises(GeometryError, match=r"SpecSGD: .* give it to AdamW"):
         SpecSGD([torch.nn.Parameter(torch.zeros(3))])

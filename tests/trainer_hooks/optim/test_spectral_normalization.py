@@ -30,16 +30,16 @@ def test_every_update_has_the_spectral_norm_of_its_shape(
         parameter.grad = 5 * drift + noise
         optimizer.step()
         norms.append(float(torch.linalg.matrix_norm(parameter.detach() - before, 2)))
-    wanted = math.sqrt(shape[0] / shape[1])
+    norm = math.sqrt(shape[0] / shape[1])
     # The power method finds the norm from below: never under, above where a new root has just turned the top direction,
     # and never by more than the Frobenius norm allows.
     settled = norms[5:]
-    assert min(settled) >= wanted * (1 - 1e-9)
-    assert statistics.median(settled) < 1.02 * wanted
-    assert max(settled) < math.sqrt(min(shape)) * wanted
+    assert min(settled) >= norm * (1 - 1e-9)
+    assert statistics.median(settled) < 1.02 * norm
+    assert max(settled) < math.sqrt(min(shape)) * norm
 
 
-def test_its_rate_needs_no_multiplier_over_widths() -> None:
+def test_normalized_rates_need_no_multiplier_over_widths() -> None:
     def model(width: int) -> nn.Module:
         return nn.Sequential(nn.Linear(8, width), nn.Linear(width, width), nn.Linear(width, 8))
 
@@ -56,7 +56,7 @@ def test_its_rate_needs_no_multiplier_over_widths() -> None:
 
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize(("kind", "setting"), [(SOAP, "epsilon"), (Shampoo, "grafting_epsilon")])
-def test_its_epsilons_follow_the_gradients_of_the_optimizer_s_own_rule(
+def test_normalized_epsilons_follow_the_optimizers_own_rule(
     kind: type[torch.optim.Optimizer], setting: str, normalized: bool
 ) -> None:
     def model(width: int) -> nn.Module:
@@ -70,11 +70,11 @@ def test_its_epsilons_follow_the_gradients_of_the_optimizer_s_own_rule(
         base_shapes=base_shapes_of(model(16)),
     )
     epsilons = {id(p): group[setting] for group in groups.optimizers[0].param_groups for p in group["params"]}
-    found = [epsilons[id(parameter)] for parameter in list(wide.parameters())[:2]]
+    first_epsilons = [epsilons[id(parameter)] for parameter in list(wide.parameters())[:2]]
     # Outputs, then both sides, are four times as wide. arXiv:2512.05620v2: sqrt(din / dout); 1 / dout where Adam's.
-    assert found == pytest.approx([0.5e-8, 1e-8] if kind is SOAP else [0.25e-8, 0.25e-8], rel=1e-9)
+    assert first_epsilons == pytest.approx([0.5e-8, 1e-8] if kind is SOAP else [0.25e-8, 0.25e-8], rel=1e-9)
 
 
-def test_blocks_are_refused() -> None:
+def test_spectral_normalization_refuses_blocks() -> None:
     with pytest.raises(InvalidInputError, match="max_preconditioner_dim"):
         Shampoo([nn.Parameter(torch.zeros(8, 6))], max_preconditioner_dim=4, spectral_normalization=True)

@@ -25,6 +25,7 @@ from tests.attaching import attach_arguments
 from trainer_hooks import AdaptiveBatch, warmup_cosine
 from trainer_hooks.distributed.collectives import plan_checksum
 from trainer_hooks.optim import Muon
+from trainer_hooks.optim.known_optimizers import facts_named
 from trainer_hooks.session.optimizer_coupling import CoupledOptimizers, averages_of, for_fewer_samples
 
 FOUR_TIMES = StagesPolicyConfig(stages=(Stage(from_samples=24, global_batch_size=32),))
@@ -117,8 +118,8 @@ def test_shadow_mode_changes_neither_rates_nor_betas() -> None:
             {"geometries": {"Adagrad": "sign"}},
             "known to be sound.*CouplingOptions.learning_rate=",
         ),
-        ("LBFGS", {"learning_rate_coupling": "none", "geometries": {"LBFGS": "sign"}}, "its step wants a closure"),
-        ("LBFGS", {}, "its step wants a closure"),
+        ("LBFGS", {"learning_rate_coupling": "none", "geometries": {"LBFGS": "sign"}}, "its step needs a closure"),
+        ("LBFGS", {}, "its step needs a closure"),
         ("AdamW", {"beta_coupling": "halflife"}, "beta coupling 'halflife' does not exist; there are half_life, none"),
         ("AdamW", {"learning_rate_coupling": "cubic"}, "'cubic' does not exist; there are sqrt, linear, adascale"),
         ("AdamW", {"learning_rate_coupling": {"SGD": "sqrt"}}, r"names \['SGD'\], and the optimizers are AdamW"),
@@ -321,13 +322,16 @@ def test_no_beta_is_rounded_up_to_one() -> None:
 )
 def test_what_is_no_average_is_refused(kind: str, group: dict[str, Any], told: str) -> None:
     with pytest.raises(CouplingError, match=told):
-        averages_of(kind, group)
+        averages_of(kind, group, facts_named(kind).with_settings(group))
 
 
 def test_sgd_whose_dampening_makes_its_momentum_an_average_is_coupled_in_both() -> None:
-    assert averages_of("SGD", {"momentum": 0.9, "dampening": 0.9}) == {"momentum": (0.9,), "dampening": (0.9,)}
-    assert averages_of("SGD", {"momentum": 0, "dampening": 0}) == {}
-    assert averages_of("RMSprop", {"momentum": 0, "alpha": 0.99}) == {"alpha": (0.99,)}
+    for kind, group, averages in (
+        ("SGD", {"momentum": 0.9, "dampening": 0.9}, {"momentum": (0.9,), "dampening": (0.9,)}),
+        ("SGD", {"momentum": 0, "dampening": 0}, {}),
+        ("RMSprop", {"momentum": 0, "alpha": 0.99}, {"alpha": (0.99,)}),
+    ):
+        assert averages_of(kind, group, facts_named(kind).with_settings(group)) == averages
 
 
 def test_the_checksum_covers_every_field_of_a_plan_and_no_order() -> None:

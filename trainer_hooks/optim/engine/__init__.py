@@ -1,1 +1,1 @@
-"""How an optimizer step is divided over matrices and ranks; the optimizers beside this package state update rules."""
+"""Division of an optimizer step over matrices and ranks; the optimizers beside this package state update rules."""

@@ -1,4 +1,4 @@
-"""What the Shampoo family shares: averaged Kronecker factors, when they are decomposed, and what if that fails.
+"""Kronecker factors of the Shampoo family: their averages, when they are decomposed, and what if that fails.
 
 M = rows, N = columns, S = side of a factor, L = the side summed over, B = matrices of one shape.
 """
@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gns_controller.core.errors import InvalidInputError
@@ -18,8 +17,8 @@ from trainer_hooks.kernels.inverse_roots import eigenvalues_and_basis
 from trainer_hooks.kernels.symmetric import gram, in_blocks
 from trainer_hooks.optim.engine.matrices import MatrixState
 from trainer_hooks.optim.engine.matrix_optimizer import MatrixOptimizer
-from trainer_hooks.optim.engine.norms import safe_rms
-from trainer_hooks.optim.engine.update import check_settings
+from trainer_hooks.optim.engine.options import FactorOptions, MatrixOptions
+from trainer_hooks.optim.engine.update import check_settings, safe_rms
 
 _DECOMPOSITION = 10.0
 """Cost of one eigendecomposition over that of one product of the same side. 6 on a core of a CPU, more on a GPU."""
@@ -28,15 +27,14 @@ _DECOMPOSITION = 10.0
 class FactoredOptimizer(MatrixOptimizer):
     """Base of optimizers that decompose the factors of a matrix every precondition_frequency steps.
 
-    Groups carry precondition_frequency and max_preconditioner_dim, and start_preconditioning_step if they use is_due.
+    Groups have precondition_frequency and max_preconditioner_dim, and start_preconditioning_step for is_refresh_due.
     """
 
+    _allowed_options: ClassVar[type[MatrixOptions]] = FactorOptions
     owns_state: ClassVar[bool] = True
 
-    def __init__(
-        self, params: Iterable[Any], defaults: dict[str, Any], *, process_group: dist.ProcessGroup | None = None
-    ) -> None:
-        super().__init__(params, {**defaults, "refresh_due": False}, process_group=process_group)
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], options: MatrixOptions) -> None:
+        super().__init__(params, {**defaults, "refresh_due": False}, options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -45,6 +43,7 @@ class FactoredOptimizer(MatrixOptimizer):
 
     def _step(self) -> None:
         super()._step()
+        # Every owner has looked at its factors in this step.
         for group in self.param_groups:
             group["refresh_due"] = False
 
@@ -66,23 +65,24 @@ class FactoredOptimizer(MatrixOptimizer):
 
 
 def update_cost(rows: int, columns: int, *, frequency: int, longest_side: int | None = None) -> float:
-    """Multiplications of one update of a (rows, columns) matrix: products every step, decompositions now and then.
+    """Count multiplications of one update of a (rows, columns) matrix: products, and decompositions now and then.
 
     Sides above longest_side have neither.
     """
+    # Two products with each side's root or basis, and its decomposition, spread over the steps between two of them.
     sides = [side for side in (rows, columns) if longest_side is None or side <= longest_side]
     products = 2.0 * rows * columns * sum(sides)
     return products + _DECOMPOSITION * sum(side**3 for side in sides) / frequency
 
 
-def is_due(step: int, group: dict[str, Any]) -> bool:
-    """Whether factors are decomposed at this step: the start, every so many after it, and after a batch change."""
+def is_refresh_due(step: int, group: dict[str, Any]) -> bool:
+    """Return whether factors are decomposed now: at the start, every so many steps, and after a batch change."""
     since_start: int = step - group["start_preconditioning_step"]
     return since_start >= 0 and bool(group["refresh_due"] or since_start % group["precondition_frequency"] == 0)
 
 
 def check_counts(kind: str, group: Mapping[str, Any], **least: int) -> None:
-    """Refuse settings that are no whole numbers from a least one on.
+    """Refuse settings that are not whole numbers from a least one on.
 
     Raises:
         InvalidInputError: names the setting, its value and its range.
@@ -104,50 +104,52 @@ def check_betas(kind: str, betas: tuple[float, float], *, sum_allowed: bool = Fa
         check_settings(kind, **{"betas[1]": (second, 0, 1)})
 
 
-def correction(beta: float, step: int) -> float:
-    """Sum of the weights in an average that began with zero `step` steps ago; 1 for a sum."""
+def bias_correction(beta: float, step: int) -> float:
+    """Return the sum of the weights in an average that began with zero `step` steps ago; 1 for a sum."""
     return 1.0 if beta == 1 else 1 - beta**step
 
 
-def with_rms(updates_BMN: Tensor, rms: Tensor | float) -> Tensor:
-    """Updates of this root mean square; zero stays zero."""
+def rescaled_to_rms(updates_BMN: Tensor, rms: Tensor | float) -> Tensor:
+    """Rescale updates to this root mean square; zero stays zero."""
+    # Also where squares of the updates overflow or vanish.
     present_B11 = safe_rms(updates_BMN, dim=(1, 2))
     return updates_BMN / torch.where(present_B11 == 0, 1, present_B11) * rms
 
 
 def in_working_dtype(matrices: Tensor) -> Tensor:
-    """Float64 as it is, everything else in float32."""
+    """Return float64 as it is, everything else in float32."""
     return matrices.to(torch.promote_types(matrices.dtype, torch.float32))
 
 
-def kept(states: Sequence[MatrixState], name: str, like_BMN: Tensor, *shape: int) -> list[Tensor]:
-    """A buffer of every matrix, of this shape or of the matrices', made of zeros when first asked for."""
+def state_buffers(states: Sequence[MatrixState], name: str, like_BMN: Tensor, *shape: int) -> list[Tensor]:
+    """Return a buffer of every matrix, of this shape or of the matrices', made of zeros when there is none yet."""
     for state in states:
         if name not in state:
             state[name] = like_BMN.new_zeros(shape or like_BMN.shape[1:])
     return [state[name] for state in states]
 
 
-def average(buffers: list[Tensor], found_BMN: Tensor, beta: float, *, scale: float = 1.0) -> None:
-    """Let buffer <- beta buffer + (1 - beta) scale found, or buffer + scale found where beta is 1."""
+def accumulate(buffers: list[Tensor], terms_BMN: Tensor, beta: float, *, scale: float = 1.0) -> None:
+    """Let buffer <- beta buffer + (1 - beta) scale term, or buffer + scale term where beta is 1."""
     if beta != 1:
         torch._foreach_mul_(buffers, beta)
-    torch._foreach_add_(buffers, list(found_BMN.unbind()), alpha=scale if beta == 1 else (1 - beta) * scale)
+    torch._foreach_add_(buffers, list(terms_BMN.unbind()), alpha=scale if beta == 1 else (1 - beta) * scale)
 
 
-def average_grams(factors: list[Tensor], matrices_BSL: Tensor, beta: float, *, scale: float = 1.0) -> None:
+def accumulate_grams(factors: list[Tensor], matrices_BSL: Tensor, beta: float, *, scale: float = 1.0) -> None:
     """Let factor <- beta factor + (1 - beta) scale X X^T, or factor + scale X X^T where beta is 1."""
+    # Large products are computed one by one, their upper half alone; small ones in one batch.
     if in_blocks(matrices_BSL[0]):
         for factor, matrix_SL in zip(factors, matrices_BSL, strict=True):
-            average([factor], gram(matrix_SL).unsqueeze(0), beta, scale=scale)
+            accumulate([factor], gram(matrix_SL).unsqueeze(0), beta, scale=scale)
     else:
-        average(factors, gram(matrices_BSL), beta, scale=scale)
+        accumulate(factors, gram(matrices_BSL), beta, scale=scale)
 
 
 def inverse_roots(
     factors_BSS: Tensor, *, exponent: float, epsilon: float, relative: bool, method: InverseRootMethod
 ) -> Tensor:
-    """(A + e I)^(-exponent), or its pseudo-inverse without epsilon, by eigenvalues: NaN where there is none, or A is 0.
+    """Compute (A + e I)^(-exponent), or its pseudo-inverse without epsilon: NaN where there is none, or A is 0.
 
     Args:
         factors_BSS: symmetric, positive semidefinite.
@@ -173,7 +175,7 @@ def corrected_inverse_roots(
     epsilon: float,
     relative: bool,
 ) -> Tensor:
-    """(A + e I)^(-p) without, to second order, the bias that the noise of its eigenvalues brings.
+    """Compute (A + e I)^(-p) without, to second order, the bias that the noise of its eigenvalues brings.
 
         Q diag(max(0, (l + e)^(-p) - p (p + 1) / 2 (l + e)^(-p-2) Var(l))) Q^T
         Var(l_k) = weight^2 (|q_k^T A|^2 - |q_k^T B|^2)^2 / 2
@@ -188,46 +190,51 @@ def corrected_inverse_roots(
         relative: see inverse_roots.
     """
     values_BS, bases_BSS = _damped_eigenvalues(factors_BSS, epsilon=epsilon, relative=relative)
+    # |q_k^T A|^2 and |q_k^T B|^2 of every eigenvector: their difference is noise alone, and estimates Var(l_k).
     seen_A_BS, seen_B_BS = (
         (bases_BSS.mT @ half_BSL.to(bases_BSS.dtype)).square().sum(-1) for half_BSL in (half_A_BSL, half_B_BSL)
     )
     relative_variance_BS = (weight * (seen_A_BS - seen_B_BS) / values_BS).square() / 2
+    # The root of every eigenvalue, shrunk by the bias that this variance gives it.
     shrinkage_BS = (1 - exponent * (exponent + 1) / 2 * relative_variance_BS).clamp_min(0)
     return _between_bases(bases_BSS, values_BS.pow(-exponent) * shrinkage_BS).to(factors_BSS.dtype)
 
 
 def _damped_eigenvalues(factors_BSS: Tensor, *, epsilon: float, relative: bool) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, damped, or infinite where they are rounding and nothing damps them, and their vectors.
+    """Return eigenvalues, damped, or infinite where they are rounding and nothing damps them, and their vectors.
 
-    Without damping all those of a zero matrix are NaN: it knows nothing of the gradient, and its pseudo-inverse, zero,
+    Without damping all those of a zero matrix are NaN: it holds nothing of the gradient, and its pseudo-inverse, zero,
     would stop every update.
     """
+    # Damped, as it is or in units of the largest one.
     values_BS, bases_BSS = eigenvalues_and_basis(factors_BSS)
     largest_B1 = values_BS[:, -1:]
     if epsilon > 0:
         return values_BS.clamp_min(0) + (epsilon * largest_B1 if relative else epsilon), bases_BSS
+    # Undamped: eigenvalues that rounding alone may have made have no inverse.
     rounding = torch.finfo(factors_BSS.dtype).eps * values_BS.shape[-1]
     values_BS = torch.where(values_BS <= rounding * largest_B1, torch.inf, values_BS)
     return torch.where(largest_B1 > 0, values_BS, torch.nan), bases_BSS
 
 
 def _between_bases(bases_BSS: Tensor, values_BS: Tensor) -> Tensor:
-    found_BSS: Tensor = (bases_BSS * values_BS.unsqueeze(-2)) @ bases_BSS.mT
-    return found_BSS
+    """Return Q diag(values) Q^T, (B, S, S)."""
+    matrices_BSS: Tensor = (bases_BSS * values_BS.unsqueeze(-2)) @ bases_BSS.mT
+    return matrices_BSS
 
 
-def where_finite(found_BSS: Tensor, previous_BSS: Tensor) -> Tensor:
-    """Each root or basis that was found, or the one before where it is not finite."""
-    is_finite_B11 = found_BSS.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    return torch.where(is_finite_B11, found_BSS, previous_BSS)
+def where_finite(matrices_BSS: Tensor, previous_BSS: Tensor) -> Tensor:
+    """Return each new root or basis, or the one before where the new one is not finite."""
+    is_finite_B11 = matrices_BSS.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    return torch.where(is_finite_B11, matrices_BSS, previous_BSS)
 
 
-def replace(states: Sequence[MatrixState], name: str, found_BSS: Tensor) -> None:
-    """Keep what was found, each in memory of its own."""
-    for state, found_SS in zip(states, found_BSS, strict=True):
-        state[name] = found_SS.clone()
+def store(states: Sequence[MatrixState], name: str, matrices_BSS: Tensor) -> None:
+    """Keep each matrix in the state of its own, and in memory of its own."""
+    for state, matrix_SS in zip(states, matrices_BSS, strict=True):
+        state[name] = matrix_SS.clone()
 
 
-def stacked(states: Sequence[MatrixState], name: str) -> Tensor:
-    """A buffer of every matrix, (B, ...)."""
+def stack_buffers(states: Sequence[MatrixState], name: str) -> Tensor:
+    """Stack a buffer of every matrix, (B, ...)."""
     return torch.stack([state[name] for state in states])

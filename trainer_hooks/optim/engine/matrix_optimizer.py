@@ -1,4 +1,4 @@
-"""What optimizers of whole matrices share: one step for one process, DDP, FSDP2 and HSDP.
+"""Base of optimizers of whole matrices: one step for one process, DDP, FSDP2 and HSDP.
 
 State of the parameter's own shape lies beside the parameter, in its layout, on every rank that holds a block. State of
 matrices (factors, bases) lies on the one rank that computes the update, the matrix's owner.
@@ -15,25 +15,27 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gns_controller.core.errors import GeometryError, InvalidInputError
 from trainer_hooks.optim.engine.exchange import Exchange, layout_key
 from trainer_hooks.optim.engine.matrices import CUTS, OWNED, MatrixState, is_of_owner, lacks_matrices, matrices_of
-from trainer_hooks.optim.engine.optimizer import Stepping
+from trainer_hooks.optim.engine.optimizer import BaseOptimizer
+from trainer_hooks.optim.engine.options import DecayOptions, MatrixOptions, settings_of
 from trainer_hooks.optim.engine.update import blocks_of, descend, gradient_of, refuse_sharded
-from trainer_hooks.optim.grouping.width_transfer import power_iterations, spectrally_normalized
+from trainer_hooks.optim.engine.update_scale import normalized_updates
 
 _MAX_BATCH_NUMEL = 2**25
-"""Entries of one batch of matrices: bounds what an update takes besides the state."""
+"""Entries of one batch of matrices: bounds the memory that an update takes besides the state."""
 
 
 class _Member(NamedTuple):
+    """One parameter of an exchange."""
+
     parameter: Tensor
     group: int
-    """Its number: load_state_dict makes new groups."""
+    """Number of its group, not the group itself: load_state_dict makes new ones."""
 
 
 class _Item(NamedTuple):
@@ -42,41 +44,41 @@ class _Item(NamedTuple):
     matrix: Tensor
     state: MatrixState
     update: Tensor
+    """View of the parameter's update that the matrix's own goes into."""
 
 
-class MatrixOptimizer(Stepping):
+class MatrixOptimizer(BaseOptimizer):
     """Base of optimizers whose update of a matrix needs the whole matrix. One without entries gets no update.
 
     Args:
-        params: parameters or groups. A group may say split_sizes, num_heads and batched (see matrices_of), and where
+        params: parameters or groups. A group may set split_sizes, num_heads and batched (see matrices_of), and where
             owners keep state spectral_normalization: updates then have spectral norm (M / N)^(1/2), whatever the width.
-        defaults: lr, weight_decay, decay, cautious, maximize and the optimizer's own settings.
-        process_group: ranks that hold copies of the same plain parameters (DDP), between which the work is divided.
-            None: every rank does all of it. DTensors (FSDP2, HSDP) need nothing: their mesh says who holds what.
+        defaults: lr, weight_decay and the optimizer's own settings.
+        options: see MatrixOptions. Without process_group every rank does all of the work; DTensors (FSDP2, HSDP) need
+            none, because their mesh has the ranks that hold blocks.
 
     Raises:
-        GeometryError: a parameter is no matrix.
+        GeometryError: a parameter is not a matrix.
         InvalidInputError: a setting out of range.
+        TypeError: an option that does not exist.
     """
 
+    _allowed_options: ClassVar[type[MatrixOptions]] = DecayOptions
     _not_copied: ClassVar[tuple[str, ...]] = ("_exchanges", "_process_group")
-    averages: ClassVar[tuple[str, ...]] = ()
-    """Group settings that are weights of the past in exponential averages: those that follow a batch on request."""
     owns_state: ClassVar[bool] = False
-    """Whether owners keep state of matrices. Its checkpoints then need every rank: see consolidated_state_dict."""
+    """True if owners keep state of matrices. Checkpoints then need every rank: see consolidated_state_dict."""
 
-    def __init__(
-        self, params: Iterable[Any], defaults: dict[str, Any], *, process_group: dist.ProcessGroup | None = None
-    ) -> None:
-        self._process_group = process_group
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], options: MatrixOptions) -> None:
+        settings = settings_of(type(self), options, allowed=self._allowed_options)
+        self._process_group = options.get("process_group")
         self._exchanges: list[tuple[Exchange, list[_Member]]] = []
         self._unchecked = False
-        defaults = {"split_sizes": None, "num_heads": None, "batched": False, **defaults}
+        defaults = {"split_sizes": None, "num_heads": None, "batched": False, **settings, **defaults}
         super().__init__(params, defaults)
 
     @property
     def divides_work(self) -> bool:
-        """Whether it was given a process group to share plain tensors' matrices out over. DTensors bring their own."""
+        """True if a process group was given, to share the work on plain parameters. DTensors bring their own."""
         return self._process_group is not None
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -87,13 +89,14 @@ class MatrixOptimizer(Stepping):
             self._check_normalizable(group)
 
     def _check_parameter(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Whether a parameter is one that this optimizer takes."""
+        """Refuse a parameter that this optimizer does not take."""
         try:
             matrices_of(torch.empty(parameter.shape, device="meta"), group)
         except GeometryError as error:
             raise GeometryError(f"{type(self).__name__}: {error}") from None
 
     def _check_normalizable(self, group: dict[str, Any]) -> None:
+        """Refuse spectral_normalization where no state is kept, or where matrices are cut into blocks."""
         if not self.owns_state:
             raise InvalidInputError(f"{type(self).__name__} has no spectral_normalization; leave it out of the group.")
         for parameter in group["params"]:
@@ -105,7 +108,11 @@ class MatrixOptimizer(Stepping):
                 )
 
     def _step(self) -> None:
-        """Every exchange is reached whatever fails; the first failure is raised after the last."""
+        """Step every matrix on its owner.
+
+        Every rank reaches every exchange: which there are follows from the parameters alone, a failure before one sends
+        zeros in place of directions, and the first failure is raised after the last exchange.
+        """
         failure: Exception | None = None
         for exchange, members in self._divided():
             self._count_step(exchange, members)
@@ -114,6 +121,7 @@ class MatrixOptimizer(Stepping):
             except Exception as error:
                 failure = failure or error
                 outgoing = [torch.zeros_like(block) for block in blocks_of([member.parameter for member in members])]
+            # To the owners, which compute whole updates, and back as blocks, along which every rank moves.
             try:
                 self._move(members, exchange.run(outgoing, partial(self._owned_updates, members)))
             except Exception as error:
@@ -122,6 +130,7 @@ class MatrixOptimizer(Stepping):
             raise failure
 
     def _move(self, members: Sequence[_Member], updates: Sequence[Tensor]) -> None:
+        """Move this rank's blocks of parameters that have a gradient, group by group."""
         for number, group in enumerate(self.param_groups):
             moving = [
                 (member.parameter, update)
@@ -132,61 +141,64 @@ class MatrixOptimizer(Stepping):
 
     @abstractmethod
     def _updates(self, matrices_BMN: Tensor, states: Sequence[MatrixState], group: dict[str, Any], step: int) -> Tensor:
-        """Updates of matrices of one shape, on their owner, before scale and learning rate: (B, M, N).
+        """Return updates of matrices of one shape, on their owner, before scale and learning rate: (B, M, N).
 
         Args:
-            matrices_BMN: what _directions gave, whole; may be overwritten.
+            matrices_BMN: the result of _directions, whole; may be overwritten.
             states: of each matrix.
             group: the settings.
             step: of this parameter, from 1; only if owns_state.
         """
 
     def _directions(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """What owners need of each parameter: this rank's blocks, in the parameters' own layout. Not to be kept."""
+        """Return what owners need of each parameter: this rank's blocks, in the parameters' layout. Not to be kept."""
         return [gradient_of(parameter, group) for parameter in parameters]
 
     def _cost(self, parameter: Tensor, group: dict[str, Any]) -> float:
-        """Of one update, in products, for dividing the work."""
+        """Return the cost of one update, in products, by which the work is divided."""
         matrices = matrices_of(torch.empty(parameter.shape, device="meta"), group)
         return float(sum(matrix.numel() * min(matrix.shape) for matrix in matrices))
 
     def _scale(self, rows: int, columns: int, group: dict[str, Any]) -> float:
-        """Factor on the update of an (rows, columns) matrix."""
+        """Return the factor on the update of a (rows, columns) matrix."""
         return 1.0
 
     def _block_size(self, group: dict[str, Any]) -> int | None:
-        """Rows and columns of the largest piece that is preconditioned by itself."""
+        """Return the longest side of a piece that is preconditioned by itself; None: matrices are not cut."""
         return None
 
     def _pieces(self, whole: Tensor, group: dict[str, Any]) -> list[Tensor]:
-        """Views of a whole parameter, one per matrix that is updated by itself."""
+        """Return views of a whole parameter, one per matrix that is updated by itself."""
         return matrices_of(whole, group, block_size=self._block_size(group))
 
     def _needs_whole(self, parameter: Tensor, group: dict[str, Any]) -> bool:
-        """Whether an update needs the whole parameter, on every rank alike. The others are left to the subclass."""
+        """Return whether an update needs the whole parameter; equal on every rank. The others are the subclass's."""
         return True
 
     def _apply(self, parameters: Sequence[Tensor], updates: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """Move this rank's blocks."""
+        """Decay and move this rank's blocks."""
         descend(blocks_of(parameters), updates, group)
 
     def _divided(self) -> list[tuple[Exchange, list[_Member]]]:
-        """Who computes what: a function of the parameters alone, made at the first step that sees them.
+        """Return the exchanges and their members: a function of the parameters alone, made when a step first has them.
 
         Parameters of groups that were added later are divided by themselves, so that nothing changes its owner.
         """
+        # Parameters without an exchange, by layout: one exchange takes one dtype, on one device or mesh.
         known = {id(member.parameter) for _, members in self._exchanges for member in members}
         fresh: dict[Any, list[_Member]] = {}
         for number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 if id(parameter) not in known and self._needs_whole(parameter, group):
                     fresh.setdefault(layout_key(parameter), []).append(_Member(parameter, number))
+        # Each rank makes the same exchanges in the same order, because making one communicates.
         for members in fresh.values():
             for portion in self._portions(members):
                 costs = [self._cost(member.parameter, self.param_groups[member.group]) for member in portion]
                 exchange = Exchange([member.parameter for member in portion], costs, self._process_group)
                 self._exchanges.append((exchange, portion))
-        self._unchecked |= bool(fresh)  # on every rank alike, whether it has loaded a checkpoint or not
+        # Loaded state is checked once. Members are new on every rank alike, whether it has loaded a checkpoint or not.
+        self._unchecked |= bool(fresh)
         if self._unchecked and self.owns_state:
             self._check_owned()
             self._forget_what_others_own()
@@ -194,7 +206,8 @@ class MatrixOptimizer(Stepping):
         return self._exchanges
 
     def _portions(self, members: list[_Member]) -> list[list[_Member]]:
-        """Where nothing is exchanged, as much at once as bounds temporaries, equal shapes together; else all."""
+        """Cut members into portions whose temporaries are bounded, equal shapes together."""
+        # Ranks that exchange bound them by buckets.
         if self._process_group is not None or isinstance(members[0].parameter, DTensor):
             return [members]
         portions: list[list[_Member]] = []
@@ -208,21 +221,21 @@ class MatrixOptimizer(Stepping):
         return portions
 
     def _outgoing(self, members: Sequence[_Member]) -> list[Tensor]:
-        found: dict[int, Tensor] = {}
+        """Return this rank's blocks of what owners need, zeros for parameters without a gradient."""
+        directions: dict[int, Tensor] = {}
         for number, group in enumerate(self.param_groups):
             ready = [m.parameter for m in members if m.group == number and m.parameter.grad is not None]
-            found.update(zip(map(id, ready), self._directions(ready, group) if ready else [], strict=True))
+            directions.update(zip(map(id, ready), self._directions(ready, group) if ready else [], strict=True))
         blocks = blocks_of([member.parameter for member in members])
-        return [
-            found[id(member.parameter)].to(block.dtype) if id(member.parameter) in found else torch.zeros_like(block)
-            for member, block in zip(members, blocks, strict=True)
-        ]
+        pairs = [(directions.get(id(m.parameter)), block) for m, block in zip(members, blocks, strict=True)]
+        return [torch.zeros_like(block) if d is None else d.to(block.dtype) for d, block in pairs]
 
     def _owned_updates(
         self, members: Sequence[_Member], indexes: Sequence[int], whole: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Whole updates of parameters that this rank owns, in batches of one shape."""
+        """Return whole updates of parameters that this rank owns, computed in batches of one shape."""
         results = [torch.zeros_like(matrix, memory_format=torch.contiguous_format) for matrix in whole]
+        # Cut parameters into matrices, and gather those of one group, step and shape.
         batches: dict[Any, list[_Item]] = {}
         for index, matrix, result in zip(indexes, whole, results, strict=True):
             parameter, number = members[index]
@@ -234,10 +247,11 @@ class MatrixOptimizer(Stepping):
                 step = int(state["step"])
             pieces = self._pieces(matrix.contiguous(), group)
             targets = self._pieces(result, group)
-            for place, (piece, target) in enumerate(zip(pieces, targets, strict=True)):
+            for position, (piece, target) in enumerate(zip(pieces, targets, strict=True)):
                 if piece.numel():
                     key = (number, step, tuple(piece.shape))
-                    batches.setdefault(key, []).append(_Item(piece, MatrixState(state, place), target))
+                    batches.setdefault(key, []).append(_Item(piece, MatrixState(state, position), target))
+        # Update as many at once as bounds temporaries. Results are written through views into the whole updates.
         for (number, step, shape), items in batches.items():
             at_once = max(_MAX_BATCH_NUMEL // math.prod(shape), 1)
             for start in range(0, len(items), at_once):
@@ -245,18 +259,19 @@ class MatrixOptimizer(Stepping):
         return results
 
     def _update_batch(self, items: Sequence[_Item], group: dict[str, Any], step: int) -> None:
+        """Update matrices of one shape: the optimizer's own rule, then the size of the update."""
         matrices_BMN = torch.stack([item.matrix for item in items])
         updates_BMN = self._updates(matrices_BMN, [item.state for item in items], group, step)
         rows, columns = updates_BMN.shape[1:]
         if group.get("spectral_normalization"):
-            updates_BMN = _normalized(updates_BMN, [item.state for item in items], step)
+            updates_BMN = normalized_updates(updates_BMN, [item.state for item in items], step)
         scale = self._scale(rows, columns, group)
         if scale != 1:
             updates_BMN = updates_BMN * scale
         torch._foreach_copy_([item.update for item in items], list(updates_BMN.unbind()))
 
     def _count_step(self, exchange: Exchange, members: Sequence[_Member]) -> None:
-        """On every rank, so that every rank's checkpoint knows every parameter, also one without state.
+        """Count the step of every parameter on every rank, so that every rank's checkpoint has every parameter.
 
         Owners mark theirs with it, at every step: the step itself may fail, and the run go on.
         """
@@ -272,10 +287,12 @@ class MatrixOptimizer(Stepping):
                         state[OWNED].fill_(float(state["step"] > 1))
 
     def _check_owned(self) -> None:
-        """Whether what was loaded has the matrices that this rank owns. Every rank is told what any of them lacks.
+        """Check that loaded state has the matrices that each rank owns.
+
+        Every rank reaches the gathering, and all raise if any of them lacks some.
 
         Raises:
-            InvalidInputError: it has not.
+            InvalidInputError: names the shape of a parameter whose matrices are missing.
         """
         owned = [
             member.parameter
@@ -284,17 +301,17 @@ class MatrixOptimizer(Stepping):
             if exchange.is_mine(index)
         ]
         lacking = next((tuple(p.shape) for p in owned if lacks_matrices(self.state.get(p, {}))), None)
-        found = [shape for exchange, _ in self._exchanges for shape in exchange.gather_objects(lacking) if shape]
-        if found:
+        shapes = [shape for exchange, _ in self._exchanges for shape in exchange.gather_objects(lacking) if shape]
+        if shapes:
             raise InvalidInputError(
-                f"the checkpoint has no {type(self).__name__} state for a parameter of shape {found[0]}: each rank "
+                f"the checkpoint has no {type(self).__name__} state for a parameter of shape {shapes[0]}: each rank "
                 "holds only the matrices it owns, and full_state_dict=True or torch.save keep those of one rank. Save "
                 "with torch.distributed.checkpoint on every rank, without full_state_dict, or save "
                 "consolidated_state_dict()."
             )
 
     def _forget_what_others_own(self) -> None:
-        """After a checkpoint of other ranks' matrices, too, was loaded."""
+        """Drop matrices of other ranks, which a consolidated checkpoint brings along."""
         for exchange, members in self._exchanges:
             for index, member in enumerate(members):
                 state = self.state.get(member.parameter, {})
@@ -302,7 +319,7 @@ class MatrixOptimizer(Stepping):
                     self.state[member.parameter] = {"step": state["step"]}
 
     def consolidated_state_dict(self) -> dict[str, Any]:
-        """state_dict with the matrices of every rank, on the CPU. Every rank calls it and gets all.
+        """Return state_dict with the matrices of every rank, on the CPU. Every rank calls it and gets all.
 
         For torch.save from one rank of DDP. torch.distributed.checkpoint saves each rank's own share and needs no such.
 
@@ -310,15 +327,17 @@ class MatrixOptimizer(Stepping):
             InvalidInputError: parameters are sharded, so that one file cannot hold their blocks. On every rank.
         """
         refuse_sharded([parameter for group in self.param_groups for parameter in group["params"]])
-        found = self.state_dict()
+        consolidated = self.state_dict()
         if not self.owns_state:
-            return found
-        found["state"] = {number: dict(state) for number, state in found["state"].items()}
+            return consolidated
+        # Copies of the parameters' entries, and the number of each parameter in the checkpoint.
+        consolidated["state"] = {number: dict(state) for number, state in consolidated["state"].items()}
         numbers: dict[int, int] = {}
-        for group, packed in zip(self.param_groups, found["param_groups"], strict=True):
+        for group, packed in zip(self.param_groups, consolidated["param_groups"], strict=True):
             numbers.update(zip(map(id, group["params"]), packed["params"], strict=True))
+        # Every rank reaches every gathering: the exchanges are the same on all of them.
         for exchange, members in self._divided():
-            mine = {
+            owned = {
                 numbers[id(member.parameter)]: {
                     name: value.cpu() if isinstance(value, Tensor) else value
                     for name, value in self.state[member.parameter].items()
@@ -326,11 +345,11 @@ class MatrixOptimizer(Stepping):
                 for index, member in enumerate(members)
                 if exchange.is_mine(index) and member.parameter in self.state
             }
-            for theirs in exchange.gather_objects(mine):
-                assert isinstance(theirs, dict)
-                for number, state in theirs.items():
-                    found["state"].setdefault(number, {}).update(state)
-        return found
+            for share in exchange.gather_objects(owned):
+                assert isinstance(share, dict)
+                for number, state in share.items():
+                    consolidated["state"].setdefault(number, {}).update(state)
+        return consolidated
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load, on every rank: what lies beside parameters in their dtype, owners' matrices in float32 or better.
@@ -341,10 +360,12 @@ class MatrixOptimizer(Stepping):
             InvalidInputError: the checkpoint is another optimizer's, or its state is of other matrices. If it lacks
                 what a rank owns, the next step raises, on every rank.
         """
+        # torch loads settings and what lies beside parameters; the cut stays as it was built.
         cuts = [{name: group[name] for name in CUTS} for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, cut in zip(self.param_groups, cuts, strict=True):
             group.update(cut)
+        # torch cast the owners' matrices to the parameters' dtype: load them again, in float32 or better.
         for group, packed in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, number in zip(group["params"], packed["params"], strict=True):
                 for name, saved in state_dict["state"].get(number, {}).items():
@@ -368,30 +389,11 @@ class MatrixOptimizer(Stepping):
             return
         for number, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
             for name in CUTS:
-                here, there = (_plain(settings.get(name)) for settings in (group, saved))
+                cuts = (settings.get(name) for settings in (group, saved))
+                # Sizes as a list, as checkpoints may bring them back.
+                here, there = (list(cut) if isinstance(cut, Sequence) else cut for cut in cuts)
                 if name in saved and here != there:
                     raise InvalidInputError(
                         f"group {number} was built with {name}={here!r}, and the checkpoint has {name}={there!r}; "
                         "build the groups as they were when it was saved."
                     )
-
-
-def _plain(setting: Any) -> Any:
-    """Sizes as a list, as checkpoints may bring them back."""
-    return list(setting) if isinstance(setting, Sequence) else setting
-
-
-def _normalized(updates_BMN: Tensor, states: Sequence[MatrixState], step: int) -> Tensor:
-    """Of spectral norm (M / N)^(1/2) each. The vector of the power method is kept from step to step."""
-    rows, columns = updates_BMN.shape[1:]
-    for state in states:
-        if "spectral_vector" not in state:
-            dtype = torch.promote_types(updates_BMN.dtype, torch.float32)
-            start = torch.randn(columns, dtype=dtype, generator=torch.Generator().manual_seed(columns))
-            state["spectral_vector"] = start.to(updates_BMN.device)
-    vectors_BN = torch.stack([state["spectral_vector"] for state in states])
-    updates_BMN, vectors_BN = spectrally_normalized(
-        updates_BMN, vectors_BN, iterations=power_iterations(step - 1), scale=math.sqrt(rows / columns)
-    )
-    torch._foreach_copy_([state["spectral_vector"] for state in states], list(vectors_BN.unbind()))
-    return updates_BMN

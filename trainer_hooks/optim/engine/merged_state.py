@@ -1,4 +1,4 @@
-"""The states of an inner and an outer optimizer, seen and written as one."""
+"""States of an inner and an outer optimizer, seen and written as one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Entries(dict[str, Any]):
-    """A parameter's entries. One that is written or deleted is so where it lives, too. A copy is nobody's state."""
+    """Entries of one parameter. One that is written or deleted is so where it lives, too. A copy is a plain dict."""
 
     home: Callable[[str], dict[str, Any]] = staticmethod(lambda name: {})
-    """What holds an entry of this name."""
+    """Function that returns the state which holds an entry of this name."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)
@@ -59,22 +59,25 @@ class MergedStates(MutableMapping[Tensor, dict[str, Any]]):
         self._inner, self._outer, self._buffers, self._counts = inner, outer, buffers, counts
 
     def __getitem__(self, parameter: Tensor) -> Entries:
-        found = Entries(self._inner.get(parameter, {}))
+        # A new dict with the entries of both, whose writes go where each of them lives.
+        entries = Entries(self._inner.get(parameter, {}))
         if parameter in self._outer:
-            dict.update(found, {**self._outer[parameter], **self._counts})
-        found.home = partial(self._home, parameter)
-        return found
+            dict.update(entries, {**self._outer[parameter], **self._counts})
+        entries.home = partial(self._home, parameter)
+        return entries
 
     def _home(self, parameter: Tensor, name: str) -> dict[str, Any]:
+        """Return the state that an entry of this name belongs to; counts are dropped with the dict they go into."""
         if name in self._counts:
             return {}
         return (self._outer if name in self._buffers else self._inner).setdefault(parameter, {})
 
     def __setitem__(self, parameter: Tensor, entries: Mapping[str, Any]) -> None:
-        kept = dict(entries)
+        # Entries of before go from both optimizers, so that none is left over.
+        own = dict(entries)
         self._inner.pop(parameter, None)
         self._outer.pop(parameter, None)
-        for name, value in kept.items():
+        for name, value in own.items():
             self._home(parameter, name)[name] = value
 
     def __delitem__(self, parameter: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Where every parameter of a model hangs, under the names that its author gave: without wrappers' prefixes."""
+"""Locations of parameters in the module tree, under the names that the author gave: without wrappers' prefixes."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ _SUFFIX = re.compile(r"_(w|weight)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """Where a parameter hangs in the module tree; a tied one hangs in several places."""
+class ParameterLocation:
+    """Location of a parameter in the module tree; a tied parameter has several."""
 
     name: str
     path: tuple[str, ...]
-    """Of the module."""
+    """Names on the way to the module."""
     module: nn.Module
-    """Of a parametrized or pruned weight, the one whose weight it is."""
+    """The module that holds it; of a parametrized or pruned weight, the one whose weight it is."""
     local: str
     """Its name in the module; of a parametrized or pruned weight, that of the weight."""
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What it is called: its module's names, and its own unless that is just weight. Of qkv_weight, qkv."""
+        """Names of its module, and its own unless that is just weight; qkv_weight is called qkv."""
         return self.path if self.local == "weight" else (*self.path, _SUFFIX.sub("", self.local))
 
     @property
     def noun(self) -> str:
-        """The last word that is no number."""
+        """The last word that is not a number."""
         return next((word for word in reversed(self.words) if not word.isdigit()), "")
 
 
-def places_of(model: nn.Module) -> dict[nn.Parameter, list[Place]]:
-    """The places of every parameter, in the order of named_parameters.
+def locations_of(model: nn.Module) -> dict[nn.Parameter, list[ParameterLocation]]:
+    """Return the locations of every parameter, in the order of named_parameters.
 
     Raises:
         InvalidInputError: a parameter without a shape yet.
     """
-    places: dict[nn.Parameter, list[Place]] = {}
+    locations: dict[nn.Parameter, list[ParameterLocation]] = {}
+    # A module that hangs in several places is met once with each path, and its parameters get a location for each.
     modules: dict[tuple[str, ...], nn.Module] = {}
     for path, module in _modules(model, (), frozenset()):
         modules[path] = module
@@ -56,16 +57,18 @@ def places_of(model: nn.Module) -> dict[nn.Parameter, list[Place]]:
             name = ".".join((*path, local))
             if is_lazy(parameter):
                 raise InvalidInputError(f"{name} has no shape yet: run the model on one batch first.")
-            place = Place(name, path, module, _of_which(module, local))
+            location = ParameterLocation(name, path, module, _of_which(module, local))
+            # A parametrized weight belongs to the module above the two that torch puts in between; flat parts of it,
+            # such as the sizes of weight_norm, are parameters by themselves.
             is_flat = sum(side != 1 for side in parameter.shape) < 2
             if isinstance(module, ParametrizationList) and not (is_flat and local != "original"):
-                place = Place(name, path[:-2], modules[path[:-2]], path[-1])
-            places.setdefault(parameter, []).append(place)
-    return places
+                location = ParameterLocation(name, path[:-2], modules[path[:-2]], path[-1])
+            locations.setdefault(parameter, []).append(location)
+    return locations
 
 
 def _of_which(module: nn.Module, local: str) -> str:
-    """The weight behind weight_orig (pruning, spectral_norm) or behind weight_v, if weight_g is its norm."""
+    """Return the weight behind weight_orig (pruning, spectral_norm) or behind weight_v, if weight_g is its norm."""
     weight = local.removesuffix("_orig").removesuffix("_v")
     return local if local.endswith("_v") and f"{weight}_g" not in module._parameters else weight
 
@@ -73,11 +76,11 @@ def _of_which(module: nn.Module, local: str) -> str:
 def _modules(
     module: nn.Module, path: tuple[str, ...], above: frozenset[int]
 ) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
-    """Every module at every place it hangs, wrappers left out of the path."""
+    """Yield every module with every path to it, wrappers left out of the path."""
     yield path, module
     for name, child in module._modules.items():
         if child is None or id(child) in above:
-            continue
+            continue  # a module that holds its own parent would be walked forever
         is_wrapper = name in _WRAPPERS or (
             name == "module" and isinstance(module, DataParallel | DistributedDataParallel)
         )

@@ -1,4 +1,4 @@
-"""From a model to its optimizers in one call: hidden matrices to one, the rest to another, each parameter once."""
+"""Optimizers of a model in one call: hidden matrices to one, the rest to another, each parameter once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gns_controller.core.contract import Geometry
 from gns_controller.core.errors import GeometryError, InvalidInputError
 from trainer_hooks.optim.engine.matrices import matrices_of
 from trainer_hooks.optim.grouping.base_model import BaseOfParameter, find_bases
-from trainer_hooks.optim.grouping.optimizer_builder import OptimizerToBe
+from trainer_hooks.optim.grouping.optimizer_builder import OptimizerBuilder
 from trainer_hooks.optim.grouping.roles import (
     MATRIX_ROLES,
     Role,
@@ -27,15 +27,15 @@ from trainer_hooks.optim.grouping.roles import (
     overruled,
 )
 from trainer_hooks.optim.grouping.width_transfer import (
-    TransferRule,
     base_shapes_of,
     epsilon_multiplier,
     learning_rate_multiplier,
     scale_in_words,
     weight_decay_multiplier,
 )
+from trainer_hooks.optim.known_optimizers import TransferRule
 
-Taker = tuple[type[torch.optim.Optimizer], Mapping[str, Any]]
+OptimizerChoice = tuple[type[torch.optim.Optimizer], Mapping[str, Any]]
 """An optimizer's class and its settings."""
 
 NO_DECAY: tuple[Role, ...] = ("norm", "bias", "vector", "scalar")
@@ -43,17 +43,17 @@ NO_DECAY: tuple[Role, ...] = ("norm", "bias", "vector", "scalar")
 
 @dataclass(frozen=True)
 class GroupedParameter:
-    """What became of one parameter."""
+    """Optimizer and settings that one parameter got."""
 
     name: str
     shape: tuple[int, ...]
     role: Role
     optimizer: str | None
-    """Class name; None: frozen."""
+    """Class name of its optimizer; None: frozen."""
     geometry: Geometry | None
-    """In which the optimizer descends; None: not known, or frozen."""
+    """Norm in which the optimizer descends; None: not known, or frozen."""
     num_matrices: int
-    """That are orthogonalized or preconditioned one by one."""
+    """Matrices in it that are orthogonalized or preconditioned one by one."""
     update_scale: str
     """The factor on an orthogonalized update, and how it comes about; "-" without one."""
     learning_rate: float | None
@@ -66,16 +66,18 @@ class ParameterGroups:
     """A model's optimizers and the account of them."""
 
     optimizers: tuple[torch.optim.Optimizer, ...]
-    """For `AdaptiveBatch.attach`; that of the hidden matrices first."""
+    """Optimizers for `AdaptiveBatch.attach`; that of the hidden matrices first."""
     groups: tuple[GroupedParameter, ...]
 
     def explain(self, *, fold: bool = False) -> str:
         """A table with a line per parameter; with fold, one per stack of layers that are treated alike."""
+        # Parameters that are treated alike, under one name if folded.
         lines = [("name", "shape", "role", "optimizer", "geometry", "update scale", "rate", "decay")]
         alike: dict[tuple[str, GroupedParameter], list[str]] = {}
         for row in self.groups:
-            place = numbered(row.name)[0] if fold else row.name
-            alike.setdefault((place, replace(row, name="")), []).append(row.name)
+            pattern = numbered(row.name)[0] if fold else row.name
+            alike.setdefault((pattern, replace(row, name="")), []).append(row.name)
+        # A line of cells for each, then columns of equal width.
         for name, row in ((name, row) for (_, row), names in alike.items() for name in folded_names(names)):
             shape = " x ".join(map(str, row.shape)) or "()"
             if row.optimizer is None:
@@ -100,8 +102,8 @@ def parameter_groups(
     hidden_options: Mapping[str, Any] | None = None,
     fallback: type[torch.optim.Optimizer] = torch.optim.AdamW,
     fallback_options: Mapping[str, Any] | None = None,
-    head: Taker | None = None,
-    embedding: Taker | None = None,
+    head: OptimizerChoice | None = None,
+    embedding: OptimizerChoice | None = None,
     roles: Mapping[str, Role | Literal["hidden", "fallback"]] | None = None,
     fused: Mapping[str, Sequence[int]] | None = None,
     num_heads: Mapping[str, int] | None = None,
@@ -123,14 +125,14 @@ def parameter_groups(
         fallback_options: its settings.
         head: optimizer of the output layer, with settings; default: the fallback.
         embedding: optimizer of embeddings and tied weights, with settings; default: the fallback.
-        roles: regular expression -> role, or the optimizer that shall have it. The first one found in a name counts.
+        roles: regular expression -> role, or the optimizer that takes it. The first one found in a name counts.
         fused: regular expression -> rows of each fused matrix, as (q_rows, k_rows, v_rows), one after the other. Needed
             where heads are grouped; equal thirds are found.
         num_heads: regular expression -> number of (query) heads that are orthogonalized one by one.
         no_decay: roles without weight decay.
         base_shapes: shapes of the model that the settings were tuned on, or that model: learning rates, weight decay
             and epsilons are then carried over to this one.
-        transfer: class name -> rule, for optimizers that have none here, or to overrule what we know.
+        transfer: class name -> rule, for optimizers that have none here, or to overrule the table.
         process_group: ranks that hold copies of plain parameters (DDP), between which `hidden` divides its work.
 
     Raises:
@@ -138,48 +140,52 @@ def parameter_groups(
             known, or no rule carries an optimizer's settings over.
         GeometryError: a parameter that its optimizer cannot take.
     """
-    asked: dict[str, Any] = {"hidden": (hidden, hidden_options), "head": head, "embedding": embedding}
-    asked["fallback"] = (fallback, fallback_options)
-    _check_asked(model, asked)
+    # Optimizers by what they are for, and the role of every parameter.
+    choices: dict[str, Any] = {"hidden": (hidden, hidden_options), "head": head, "embedding": embedding}
+    choices["fallback"] = (fallback, fallback_options)
+    _check_choices(model, choices)
     rows, words = overruled(find_roles(model, fused=fused), roles or {})
     unknown = sorted(set(no_decay) - set(get_args(Role)))
     if unknown:
         raise InvalidInputError(f"no_decay: roles {unknown} do not exist; there are {', '.join(get_args(Role))}.")
     heads = match(num_heads or {}, [row.name for row in rows], what="num_heads")
-    takers = {key: OptimizerToBe(taker[0], dict(taker[1] or {})) for key, taker in asked.items() if taker}
-    takers["hidden"].process_group = process_group
-    _check_wanted(rows, takers, splits={"fused": fused, "num_heads": num_heads})
+    builders = {key: OptimizerBuilder(choice[0], dict(choice[1] or {})) for key, choice in choices.items() if choice}
+    builders["hidden"].process_group = process_group
+    _check_arguments(rows, builders, splits={"fused": fused, "num_heads": num_heads})
     if transfer is not None and base_shapes is None:
-        raise InvalidInputError("transfer= says how settings follow the width; it needs base_shapes= to start from.")
+        raise InvalidInputError("transfer= is how settings follow the width; it needs base_shapes= to start from.")
+    # Counterparts in the model where settings were tuned.
     bases: dict[str, BaseOfParameter] = {}
     if base_shapes is not None:
         tuned = base_shapes_of(base_shapes) if isinstance(base_shapes, nn.Module) else base_shapes
         bases = find_bases({row.name: tuple(row.parameter.shape) for row in rows}, tuned)
+    # Each parameter goes into a group of its optimizer, with the settings that its matrices and the width ask for.
     account = []
     for row in rows:
         word = words.get(row.name)
-        taker = takers[_taker_of(row.role, word, takers)]
+        builder = builders[_builder_for(row.role, word, builders)]
         try:
-            keys = _structure(row, taker, num_heads=heads.get(row.name), keeps_whole=word == "hidden")
+            keys = _structure(row, builder, num_heads=heads.get(row.name), keeps_whole=word == "hidden")
             account.append(
-                _assigned(row, taker, keys, bases.get(row.name), transfer or {}, decays=row.role not in no_decay)
+                _assigned(row, builder, keys, bases.get(row.name), transfer or {}, decays=row.role not in no_decay)
             )
         except InvalidInputError as error:
             raise type(error)(f"{row.name}: {error}") from None
-    optimizers = tuple(taker.built() for taker in takers.values() if taker.param_groups)
+    # Optimizers that got a parameter.
+    optimizers = tuple(builder.build() for builder in builders.values() if builder.param_groups)
     if not optimizers:
         raise InvalidInputError("no parameter of the model is trained; check requires_grad.")
     return ParameterGroups(optimizers, tuple(account))
 
 
-def _check_asked(model: object, asked: Mapping[str, object]) -> None:
-    """Whether the model is one and optimizers are classes."""
+def _check_choices(model: object, choices: Mapping[str, object]) -> None:
+    """Refuse a model that is not one, and optimizers that are not classes."""
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"parameter_groups takes the model itself, got {type(model).__name__}.")
-    for name, taker in asked.items():
-        if taker is None:
+    for name, choice in choices.items():
+        if choice is None:
             continue
-        kind = taker[0] if isinstance(taker, tuple) and len(taker) == 2 else None
+        kind = choice[0] if isinstance(choice, tuple) and len(choice) == 2 else None
         if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
             raise InvalidInputError(f"{name}= takes an optimizer's class; head= and embedding= take (class, settings).")
         if next(iter(inspect.signature(kind).parameters)) == "optimizer":
@@ -188,44 +194,47 @@ def _check_asked(model: object, asked: Mapping[str, object]) -> None:
             )
 
 
-def _check_wanted(
-    rows: Sequence[RoleOfParameter], takers: Mapping[str, OptimizerToBe], *, splits: Mapping[str, object]
+def _check_arguments(
+    rows: Sequence[RoleOfParameter], builders: Mapping[str, OptimizerBuilder], *, splits: Mapping[str, object]
 ) -> None:
-    """Whether what the caller asked for by name can be had."""
-    name, is_deaf = takers["hidden"].name, not takers["hidden"].splits and not takers["hidden"].is_elementwise
-    asked = [f"{what}=" for what, given in splits.items() if given]
-    if asked and is_deaf:
-        raise InvalidInputError(f"{asked[0]} cuts matrices into pieces; {name} knows none, trainer_hooks.optim's do.")
-    for key, wanted in (("head", ("head",)), ("embedding", ("embedding", "tied"))):
-        if key in takers and not any(row.role in wanted for row in rows):
-            raise InvalidInputError(
-                f"{key}= names an optimizer, and no parameter has that role; say which with roles=."
-            )
+    """Refuse arguments that no parameter or no optimizer has a use for."""
+    hidden = builders["hidden"]
+    given = [f"{name}=" for name, patterns in splits.items() if patterns]
+    if given and not hidden.splits and not hidden.facts.is_elementwise:
+        raise InvalidInputError(
+            f"{given[0]} cuts matrices into pieces, which {hidden.name} does not take; trainer_hooks.optim's do."
+        )
+    for key, roles in (("head", ("head",)), ("embedding", ("embedding", "tied"))):
+        if key in builders and not any(row.role in roles for row in rows):
+            raise InvalidInputError(f"{key}= names an optimizer, and no parameter has that role; name one with roles=.")
 
 
-def _taker_of(role: Role, word: str | None, takers: Mapping[str, OptimizerToBe]) -> str:
+def _builder_for(role: Role, word: str | None, builders: Mapping[str, OptimizerBuilder]) -> str:
+    """Return the key of the builder that takes a parameter of this role, unless the caller has named one."""
     if word in ("hidden", "fallback"):
         return word
     key = "hidden" if role in MATRIX_ROLES else "embedding" if role == "tied" else role
-    return key if key in takers else "fallback"
+    return key if key in builders else "fallback"
 
 
 def _structure(
-    row: RoleOfParameter, taker: OptimizerToBe, *, num_heads: int | None, keeps_whole: bool
+    row: RoleOfParameter, builder: OptimizerBuilder, *, num_heads: int | None, keeps_whole: bool
 ) -> dict[str, Any]:
-    """Group keys that say which matrices a parameter holds. To an optimizer of single entries it is all the same."""
-    if taker.is_elementwise or not row.parameter.requires_grad:
+    """Return the group keys for the matrices that a parameter holds; none for an optimizer of single entries."""
+    if builder.facts.is_elementwise or not row.parameter.requires_grad:
         return {}
+    # Several matrices in one parameter need an optimizer that can take them apart.
     is_stack = row.role == "expert" and row.parameter.ndim > 2
     is_fused = (row.role == "qkv" or row.split_sizes is not None) and not keeps_whole
-    if not taker.splits:
-        if (is_stack or is_fused) and taker.geometry == "spectral":
+    if not builder.splits:
+        if (is_stack or is_fused) and builder.facts.geometry == "spectral":
             way_out = "'linear'} to take it as one" if is_fused else "'fallback'}"
             raise GeometryError(
-                f"{taker.name} takes one matrix per parameter, and this is several in one. Use an optimizer of "
+                f"{builder.name} takes one matrix per parameter, and this is several in one. Use an optimizer of "
                 f"trainer_hooks.optim, or roles={{pattern: {way_out}."
             )
         return {}
+    # Rows of fused projections, then heads, then experts.
     keys: dict[str, Any] = {}
     if is_fused:
         if row.split_sizes is None:
@@ -246,40 +255,46 @@ def _structure(
 
 def _multipliers(
     row: RoleOfParameter,
-    taker: OptimizerToBe,
+    builder: OptimizerBuilder,
     base: BaseOfParameter | None,
     keys: Mapping[str, Any],
     rules: Mapping[str, TransferRule],
 ) -> tuple[float, float, float]:
-    """Of rate, decay and epsilon."""
+    """Return the multipliers of learning rate, weight decay and epsilon."""
     if base is None:
         return 1.0, 1.0, 1.0
-    rule = taker.rule(rules)
+    # The rate: one for all pieces that are updated by themselves.
+    rule = builder.rule(rules)
     shape = tuple(row.parameter.shape)
     depths = {"depth": base.depth, "base_depth": base.base_depth}
     role: Role = "linear" if "split_sizes" in keys or "num_heads" in keys else row.role
-    found = {
+    rates = {
         # Rounded, so that equal multipliers make one group although their last bits differ.
         float(f"{learning_rate_multiplier(rule, role=role, shape=own, base_shape=other, **depths):.12g}")
         for own, other in _pieces(shape, base.shape, keys)
     }
-    if len(found) > 1:
-        raise InvalidInputError(f"its pieces need different learning rates, times {sorted(found)}; do not fuse them.")
-    rate = found.pop()
-    coupled = 1.0 if taker.settings.get("decay") == "independent" else rate
-    decay = weight_decay_multiplier(role=row.role, shape=shape, base_shape=base.shape, learning_rate_multiplier=coupled)
-    if taker.name == "Scion":  # its decay holds the weights in a ball whose norm knows the width
-        decay = 1.0
-    epsilon = epsilon_multiplier(taker.epsilon_rule(rules), role=row.role, shape=shape, base_shape=base.shape, **depths)
+    if len(rates) > 1:
+        raise InvalidInputError(f"its pieces need different learning rates, times {sorted(rates)}; do not fuse them.")
+    rate = rates.pop()
+    # Decay and epsilon are of the whole parameter.
+    decay = 1.0
+    if builder.facts.decay_follows_width:
+        coupled = 1.0 if builder.settings.get("decay") == "independent" else rate
+        decay = weight_decay_multiplier(
+            role=row.role, shape=shape, base_shape=base.shape, learning_rate_multiplier=coupled
+        )
+    epsilon_rule = builder.epsilon_rule(rules)
+    epsilon = epsilon_multiplier(epsilon_rule, role=row.role, shape=shape, base_shape=base.shape, **depths)
     return rate, decay, epsilon
 
 
 def _pieces(
     shape: tuple[int, ...], base_shape: tuple[int, ...], keys: Mapping[str, Any]
 ) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Shapes of the pieces here and at the base: fused ones in the same proportions, heads of the same width."""
+    """Return shapes of the pieces here and at the base: fused ones in the same proportions, heads of the same width."""
     if not shape:
         return {(shape, base_shape)}
+    # Rows of fused matrices here, and as many parts of the base's rows.
     sizes = keys.get("split_sizes") or (shape[0],)
     base_sizes = [size * base_shape[0] / shape[0] for size in sizes]
     if "num_heads" in keys:
@@ -290,6 +305,7 @@ def _pieces(
                 "only their number may differ."
             )
         sizes, base_sizes = (head,), [float(head)]
+    # The base's parts have to be whole rows, too.
     if any(size % 1 for size in base_sizes):
         raise InvalidInputError(f"the base shape {base_shape} cannot be split in the proportions of {sizes}.")
     return {((own, *shape[1:]), (int(other), *base_shape[1:])) for own, other in zip(sizes, base_sizes, strict=True)}
@@ -297,38 +313,40 @@ def _pieces(
 
 def _assigned(
     row: RoleOfParameter,
-    taker: OptimizerToBe,
+    builder: OptimizerBuilder,
     keys: dict[str, Any],
     base: BaseOfParameter | None,
     rules: Mapping[str, TransferRule],
     *,
     decays: bool,
 ) -> GroupedParameter:
-    """Put one parameter into the group of its settings, and say so."""
+    """Put one parameter into the group of its settings, and return the account of it."""
     shape = tuple(row.parameter.shape)
     if not row.parameter.requires_grad:
         return GroupedParameter(row.name, shape, row.role, None, None, 1, "-", None, 1.0, 0.0)
+    # Shapes of the matrices that are updated one by one.
     matrices = []
-    if not taker.is_elementwise and (taker.splits or len(shape) > 1):
-        found = matrices_of(torch.empty(shape, device="meta"), keys)
-        matrices = [(matrix.shape[0], matrix.shape[1]) for matrix in found]
-    rate, decay, epsilon = _multipliers(row, taker, base, keys, rules)
-    settings = {"lr": None, "weight_decay": 0.0} | taker.settings
+    if not builder.facts.is_elementwise and (builder.splits or len(shape) > 1):
+        pieces = matrices_of(torch.empty(shape, device="meta"), keys)
+        matrices = [(piece.shape[0], piece.shape[1]) for piece in pieces]
+    # Settings that differ from those of the optimizer: parameters with the same ones share a group.
+    rate, decay, epsilon = _multipliers(row, builder, base, keys, rules)
+    settings = {"lr": None, "weight_decay": 0.0} | builder.settings
     changed = {"lr": rate, "weight_decay": decay if decays else 0.0}
     changed |= dict.fromkeys(["grafting_epsilon"] if "grafting_epsilon" in settings else ["eps", "epsilon"], epsilon)
     keys |= {
         name: float(settings[name]) * factor for name, factor in changed.items() if settings.get(name) and factor != 1
     }
-    taker.param_groups.setdefault(tuple(sorted(keys.items())), []).append(row.parameter)
+    builder.param_groups.setdefault(tuple(sorted(keys.items())), []).append(row.parameter)
     settings |= keys
     return GroupedParameter(
         name=row.name,
         shape=shape,
         role=row.role,
-        optimizer=taker.name,
-        geometry=taker.geometry,
+        optimizer=builder.name,
+        geometry=builder.facts.geometry,
         num_matrices=max(len(matrices), 1),
-        update_scale=scale_in_words(taker.scale, matrices),
+        update_scale=scale_in_words(builder.facts.update_scale, matrices),
         learning_rate=None if settings["lr"] is None else float(settings["lr"]),
         learning_rate_multiplier=rate,
         weight_decay=float(settings["weight_decay"]),

@@ -1,4 +1,4 @@
-"""How a setting that was tuned on a small model carries over to a wide or deep one (muP), tensor by tensor.
+"""Transfer of settings that were tuned on a small model to a wide or deep one (muP), tensor by tensor.
 
 Pure functions of shapes. "Relative" below means the model's size over the base model's. dout and din are the sizes of
 a matrix's outputs and inputs, n_out and n_in the numbers of blocks on these sides, N the number of layers.
@@ -8,43 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gns_controller.core.errors import GeometryError, InvalidInputError
 from trainer_hooks.optim.engine.update_scale import Scale, update_scale
 from trainer_hooks.optim.grouping.roles import MATRIX_ROLES, Role, find_roles
-
-RuleName = Literal["adam", "grafted_shampoo", "muon", "shampoo", "soap", "sgd", "spectral"]
-
-
-@dataclass(frozen=True)
-class TransferRule:
-    """What decides how an optimizer's settings follow the size of a model."""
-
-    name: RuleName
-    """adam stands for every optimizer with entries of size 1, signs too; spectral for updates whose spectral norm is
-    explicitly sqrt(out / in)."""
-    scale: Scale = "none"
-    """The factor that the optimizer already puts on its update; it is divided out, so that it is not counted twice."""
-    exponent: float = 0.25
-    """k of Shampoo: the inverse root on each side."""
-    block_size: int | None = None
-    """Sides are cut into blocks of this size; None: they are not."""
-    largest_side: int | None = None
-    """Sides above are not preconditioned; None: all are."""
+from trainer_hooks.optim.known_optimizers import TransferRule
 
 
 def sides(role: Role, shape: Sequence[int]) -> tuple[int, int]:
-    """(dout, din) of a parameter: what grows with the width.
+    """Return (dout, din) of a parameter, the sides that grow with the width.
 
     An embedding's din is 1, whatever the number of its entries: a one-hot vector picks one row. Vectors have din 1.
 
     Raises:
-        GeometryError: "tensor", whose sides nobody knows.
+        GeometryError: "tensor", whose sides are not known.
     """
     if role in ("embedding", "tied"):
         return shape[-1], 1
@@ -62,7 +41,7 @@ def sides(role: Role, shape: Sequence[int]) -> tuple[int, int]:
 
 
 def matrix_shape(role: Role, shape: Sequence[int]) -> tuple[int, int]:
-    """(rows, columns) of the matrix that an optimizer sees: trailing dims flattened, of a stack one expert."""
+    """Return (rows, columns) of the matrix that an optimizer sees: trailing dims flattened, of a stack one expert."""
     return (shape[-2], shape[-1]) if role == "expert" else (shape[0], math.prod(shape[1:]))
 
 
@@ -75,7 +54,7 @@ def learning_rate_multiplier(
     depth: int = 1,
     base_depth: int = 1,
 ) -> float:
-    """What the learning rate tuned at the base shape is multiplied by.
+    """Return the factor on a learning rate that was tuned at the base shape.
 
         adam, grafted_shampoo   1 / din                                      of embeddings and vectors din is 1
         muon                    sqrt(dout / din)
@@ -103,6 +82,7 @@ def learning_rate_multiplier(
 
     Source: arXiv:2512.05620v2 and its code; the division by `rule.scale` is ours.
     """
+    # The table above, but for the rules that precondition.
     dout, din = _relative_sides(role, shape, base_shape)
     layers = depth / base_depth
     if rule.name == "spectral":
@@ -119,23 +99,28 @@ def learning_rate_multiplier(
         multiplier = math.sqrt(dout / din)
     else:
         multiplier = _preconditioned_multiplier(rule, role, shape, base_shape, layers=layers)
+    return multiplier * _inverse_own_scale(rule, role, shape, base_shape)
+
+
+def _inverse_own_scale(rule: TransferRule, role: Role, shape: Sequence[int], base_shape: Sequence[int]) -> float:
+    """Return one over the relative factor that the optimizer puts on its update by itself."""
+    if rule.scale == "none":
+        return 1.0
     if rule.scale == "rms_match":
         raise InvalidInputError(
             "rms_match and transfer over width exclude each other: the spectral norm of updates of fixed RMS grows "
-            "with sqrt(width), and transfer wants it constant. Take scale='spectral' or 'shape', of Shampoo another "
+            "with sqrt(width), and transfer needs it constant. Take scale='spectral' or 'shape', of Shampoo another "
             "grafting, with base_shapes; or rms_match without them."
         )
-    if rule.scale != "none":
-        multiplier *= _own_scale(rule, role, base_shape) / _own_scale(rule, role, shape)
-    return multiplier
-
-
-def _own_scale(rule: TransferRule, role: Role, shape: Sequence[int]) -> float:
-    rows, columns = matrix_shape(role, shape)
-    return update_scale(rule.scale, rows=rows, columns=columns)
+    own, base = (
+        update_scale(rule.scale, rows=rows, columns=columns)
+        for rows, columns in (matrix_shape(role, shape), matrix_shape(role, base_shape))
+    )
+    return base / own
 
 
 def _relative_sides(role: Role, shape: Sequence[int], base_shape: Sequence[int]) -> tuple[float, float]:
+    """Return (dout, din) over those of the base shape."""
     if tuple(shape) == tuple(base_shape):
         return 1.0, 1.0
     if len(shape) != len(base_shape):
@@ -147,11 +132,13 @@ def _relative_sides(role: Role, shape: Sequence[int], base_shape: Sequence[int])
 def _preconditioned_multiplier(
     rule: TransferRule, role: Role, shape: Sequence[int], base_shape: Sequence[int], *, layers: float
 ) -> float:
+    """Return the factor of the rules shampoo and soap, by the sides that are preconditioned."""
     dout, din = _relative_sides(role, shape, base_shape)
     (n_out, n_in), (is_out, is_in) = _blocks(rule, role, shape, base_shape)
     if rule.name == "shampoo":
         total = rule.exponent * (is_out + is_in)
         return math.pow(layers, 1 - 2 * total) * math.pow(dout / din, 1 - total) * math.pow(n_in * n_out, -total)
+    # soap, by the sides that are rotated.
     if is_out and is_in:
         return math.sqrt(dout / din / (n_in * n_out))
     if is_in:
@@ -164,7 +151,8 @@ def _preconditioned_multiplier(
 def _blocks(
     rule: TransferRule, role: Role, shape: Sequence[int], base_shape: Sequence[int]
 ) -> tuple[tuple[float, float], tuple[bool, bool]]:
-    """Relative numbers of blocks (n_out, n_in), 1 on a side that is not preconditioned; and which sides are."""
+    """Return relative numbers of blocks (n_out, n_in), 1 on a side that is not preconditioned; and which sides are."""
+    # Both models have to precondition the same sides.
     own, base = _stored_sides(role, shape), _stored_sides(role, base_shape)
     active = tuple(rule.largest_side is None or side <= rule.largest_side for side in own)
     if active != tuple(rule.largest_side is None or side <= rule.largest_side for side in base):
@@ -173,6 +161,7 @@ def _blocks(
             f"{rule.largest_side}, so they are preconditioned on different sides and no rule connects them. Take "
             "another base, or another limit."
         )
+    # Blocks along each side, over those of the base.
     counts = [
         math.ceil(side / rule.block_size) / math.ceil(other / rule.block_size) if rule.block_size and is_active else 1.0
         for side, other, is_active in zip(own, base, active, strict=True)
@@ -181,12 +170,12 @@ def _blocks(
 
 
 def _stored_sides(role: Role, shape: Sequence[int]) -> tuple[int, int]:
-    """As `sides`, but with the entries of an embedding, which are a side to an optimizer."""
+    """Return `sides`, but with the entries of an embedding, which are a side to an optimizer."""
     return (shape[-1], shape[0]) if role in ("embedding", "tied") else sides(role, shape)
 
 
 def scale_in_words(scale: Scale, matrices: Sequence[tuple[int, int]]) -> str:
-    """An optimizer's own factor on its updates of matrices, such as "rms_match 0.2*sqrt(768)=5.54"."""
+    """Describe an optimizer's own factor on its updates of matrices, such as "rms_match 0.2*sqrt(768)=5.54"."""
     if scale == "none" or not matrices:
         return "-"
     shapes = dict.fromkeys(matrices)
@@ -199,7 +188,7 @@ def scale_in_words(scale: Scale, matrices: Sequence[tuple[int, int]]) -> str:
 def weight_decay_multiplier(
     *, role: Role, shape: Sequence[int], base_shape: Sequence[int], learning_rate_multiplier: float
 ) -> float:
-    """What a decoupled weight decay, which is applied times the learning rate, is multiplied by.
+    """Return the factor on a decoupled weight decay, which is applied times the learning rate.
 
         lr weight_decay  ~  1 / width        so        weight_decay *= 1 / (width learning_rate_multiplier)
 
@@ -208,6 +197,7 @@ def weight_decay_multiplier(
 
     Source: arXiv:2512.05620v2: independent decay, c / width.
     """
+    # The side that changed most is the width.
     ratios = _relative_sides(role, shape, base_shape)
     width = max(ratios, key=lambda ratio: abs(math.log(ratio)))
     return 1 / (width * learning_rate_multiplier)
@@ -222,7 +212,7 @@ def epsilon_multiplier(
     depth: int = 1,
     base_depth: int = 1,
 ) -> float:
-    """What the epsilon beside a root of squared gradients is multiplied by: it follows the size of those gradients.
+    """Return the factor on the epsilon beside a root of squared gradients: it follows the size of those gradients.
 
         soap   both sides       sqrt(din / (dout n_in n_out)) / N
                inputs only      sqrt(din / n_in) / dout / N
@@ -240,6 +230,7 @@ def epsilon_multiplier(
 
     Source: arXiv:2512.05620v2 and its code for soap; adam is its limit without a rotation.
     """
+    # Gradients of a deeper model are smaller by the number of layers, whatever the rule.
     if rule.name not in ("adam", "grafted_shampoo", "soap"):
         return 1.0
     layers = depth / base_depth
@@ -257,7 +248,7 @@ def epsilon_multiplier(
 
 
 def residual_multiplier(*, depth: int, base_depth: int) -> float:
-    """base_N / N: what the output of every residual branch is multiplied by, in the model's forward.
+    """Return base_N / N, the factor on the output of every residual branch, in the model's forward.
 
     Source: arXiv:2512.05620v2: exponent 1, not the 1/2 of depth-muP.
     """
@@ -265,59 +256,8 @@ def residual_multiplier(*, depth: int, base_depth: int) -> float:
 
 
 def base_shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter: of the model that settings were tuned on. It may be on the meta device.
+    """Return name -> shape of every parameter of the model that settings were tuned on. It may be on the meta device.
 
     The names carry no wrappers' prefixes. Plain data: `json.dumps` keeps it.
     """
     return {row.name: tuple(row.parameter.shape) for row in find_roles(model)}
-
-
-def power_iterations(num_updates: int) -> int:
-    """How many iterations `spectrally_normalized` gets: 5 in the first 50 updates, then 1.
-
-    Source: arXiv:2512.05620v2, code.
-    """
-    return 5 if num_updates < 50 else 1
-
-
-def spectrally_normalized(update: Tensor, vector: Tensor, *, iterations: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Give an update a spectral norm of `scale`, which with sqrt(dout / din) needs no transfer of the rate over width.
-
-        u = W v / |W v|        v = W^T u / |W^T u|        sigma = |W^T u|        W scale / (sigma + 1e-10)
-
-    Nothing is copied to the host.
-
-    Args:
-        update: W, (..., M, N), floating.
-        vector: v, (..., N) float32 or float64, kept from one step to the next; at first any random direction.
-        iterations: of the power method, at least 1; see `power_iterations`.
-        scale: the spectral norm wanted.
-
-    Returns:
-        The update in its own dtype, and the vector for the next step. A zero update stays zero and leaves the vector.
-
-    Raises:
-        InvalidInputError: iterations < 1.
-
-    Bias: sigma is a lower bound, so the norm comes out at `scale` or above, never below. Before the vector has turned
-    to the top direction it is up to sqrt(min(M, N)) too large, as |W|_F / sqrt(min(M, N)) bounds sigma from below.
-    Source: arXiv:2512.05620v2, code; the bound by the Frobenius norm is ours: a vector that W sends to 0 would blow the
-    update up by 1e10.
-    """
-    if iterations < 1:
-        raise InvalidInputError(f"spectral normalization needs iterations >= 1, got {iterations=}.")
-    matrix = update.to(vector.dtype)
-    sigma = torch.zeros_like(vector[..., :1])
-    for _ in range(iterations):
-        image = matrix @ vector.unsqueeze(-1)
-        image = image / _one_for_zero(torch.linalg.vector_norm(image, dim=-2, keepdim=True))
-        turned = (matrix.mT @ image).squeeze(-1)
-        sigma = torch.linalg.vector_norm(turned, dim=-1, keepdim=True)
-        vector = torch.where(sigma == 0, vector, turned / _one_for_zero(sigma))
-    frobenius = torch.linalg.matrix_norm(matrix).unsqueeze(-1)
-    sigma = torch.maximum(sigma, frobenius / math.sqrt(min(matrix.shape[-2:])))
-    return (matrix * (scale / (sigma + 1e-10)).unsqueeze(-1)).to(update.dtype), vector
-
-
-def _one_for_zero(norm: Tensor) -> Tensor:
-    return torch.where(norm == 0, 1, norm)

@@ -348,7 +348,7 @@ import sys
 import torch
 from gns_controller.core.policies.parsing import read_policy
 from gns_controller.core.runs import RunSpecification
-from trainer_hooks import AdaptiveBatch
+from trainer_hooks import AdaptiveBatch, ConnectionOptions
 read_policy('{"policy": "hold"}')
 assert "acme_policies" not in sys.modules
 
@@ -358,7 +358,7 @@ decisions = []
 session = AdaptiveBatch.attach(
     model, torch.optim.SGD(model.parameters(), lr=1e-3), run="run", global_batch_size=8, micro_batch_size=4,
     budget_samples=800, policy={"policy": "noise_share", "share": 0.9},
-    on_decision=lambda decision, source: decisions.append(decision),
+    connection=ConnectionOptions(on_decision=lambda decision, source: decisions.append(decision)),
 )
 assert type(session.specification.policy).__module__ == "acme_policies"
 for step in session.steps(torch.randn(64, 5)):

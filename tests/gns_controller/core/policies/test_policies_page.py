@@ -13,7 +13,6 @@ import pytest
 
 from gns_controller.core.batch_arithmetic import LearningRateCoupling
 from gns_controller.core.contract import Reason
-from gns_controller.core.coupling import DEFAULT_COUPLINGS
 from gns_controller.core.policies import POLICIES, NoiseScalePolicyConfig
 from gns_controller.core.policies.base import Guards, PolicyConfig
 from gns_controller.core.policies.parsing import read_policy
@@ -90,10 +89,6 @@ def test_every_reason_and_every_coupling_is_there_and_no_other() -> None:
     text = section("Learning rate and betas")
     rules = re.findall(r"^\| `([a-z]+)`[^|]*\| [^|]* \| [^|]* \|", text, re.MULTILINE)
     assert sorted(rules) == sorted(get_args(LearningRateCoupling))
-    defaults: dict[str, str] = {}
-    for names, rule in re.findall(r"^\| ([A-Z][A-Za-z, ]+) \| `([a-z]+)` \|", text, re.MULTILINE):
-        defaults |= dict.fromkeys(names.lower().split(", "), rule)
-    assert defaults == DEFAULT_COUPLINGS
 
 
 def test_the_example_of_replay_prints_what_the_page_says() -> None:

@@ -38,7 +38,7 @@ def pickled(optimizer: Any) -> Any:
 
 
 def with_halves(optimizer: Any, parameter: torch.nn.Parameter, grads: list[Tensor]) -> Tensor:
-    """Where it ends, if it hears about halves, too."""
+    """Follow the gradients, with halves for optimizers that use them, and return the weights at the end."""
     for grad in grads:
         if hasattr(optimizer, "supply_halves"):
             optimizer.supply_halves({parameter: 0.3 * grad.flip(0)})
@@ -48,19 +48,19 @@ def with_halves(optimizer: Any, parameter: torch.nn.Parameter, grads: list[Tenso
 
 @pytest.mark.parametrize("copied", [deep_copy, pickled])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_copy_in_the_middle_goes_on_bit_for_bit(kind: str, copied: Callable[[Any], Any]) -> None:
+def test_a_copy_in_the_middle_of_a_run_goes_on_bit_for_bit(kind: str, copied: Callable[[Any], Any]) -> None:
     parameter = start(6, 9)
     optimizer = MAKERS[kind]([parameter])
     with_halves(optimizer, parameter, stream(6, 9)[:7])
     other = copied(optimizer)
-    (mine,) = other.param_groups[0]["params"]
-    assert mine is not parameter
-    for each in (optimizer, other):
-        if hasattr(each, "on_batch_change"):
-            each.on_batch_change(global_batch_size=16, previous=8)
-    found = with_halves(other, mine, stream(6, 9)[7:])
-    assert torch.equal(found, with_halves(optimizer, parameter, stream(6, 9)[7:]))
-    assert not torch.equal(found, start(6, 9))
+    (own,) = other.param_groups[0]["params"]
+    assert own is not parameter
+    for either in (optimizer, other):
+        if hasattr(either, "on_batch_change"):
+            either.on_batch_change(global_batch_size=16, previous=8)
+    weights = with_halves(other, own, stream(6, 9)[7:])
+    assert torch.equal(weights, with_halves(optimizer, parameter, stream(6, 9)[7:]))
+    assert not torch.equal(weights, start(6, 9))
     assert not any(group.get("refresh_due") for group in other.param_groups)
 
 
@@ -69,14 +69,14 @@ def test_a_copy_under_a_scheduler_moves_its_own_parameters() -> None:
     optimizer = Signum([parameter], lr=0.02)
     torch.optim.lr_scheduler.ConstantLR(optimizer)
     other = copy.deepcopy(optimizer)
-    (mine,) = other.param_groups[0]["params"]
-    follow(other, mine, stream(6, 9, steps=1))
+    (own,) = other.param_groups[0]["params"]
+    follow(other, own, stream(6, 9, steps=1))
     assert torch.equal(parameter, start(6, 9))
-    assert not torch.equal(mine, parameter)
+    assert not torch.equal(own, parameter)
 
 
 @pytest.mark.parametrize("kind", ["Signum", "Muon", "SOAP"])
-def test_groups_of_older_checkpoints_get_the_settings_that_were_built(kind: str) -> None:
+def test_groups_of_older_checkpoints_keep_settings_that_they_lack(kind: str) -> None:
     kinds: dict[str, Any] = {"Signum": Signum, "Muon": Muon, "SOAP": SOAP}
     settings = {"lr": 0.02, "weight_decay": 0.5, "decay": "independent", "maximize": True}
     parameter = start(6, 9)

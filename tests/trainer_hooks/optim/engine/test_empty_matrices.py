@@ -1,4 +1,4 @@
-"""A parameter without entries gets no update, and stands in nobody's way."""
+"""A parameter without entries gets no update, and does not hold up the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer_hooks.optim import ASGO, SOAP, EShampoo, Muon, Shampoo, SinkGD, Spe
 
 @pytest.mark.parametrize("empty", [(0, 4), (5, 0), (0, 0)])
 @pytest.mark.parametrize("kind", [Muon, SpecSGD, SinkGD, Shampoo, EShampoo, SOAP, ASGO])
-def test_the_others_move_as_they_would_without_it_and_resume(kind: Any, empty: tuple[int, int]) -> None:
+def test_other_matrices_move_and_resume_as_without_an_empty_one(kind: Any, empty: tuple[int, int]) -> None:
     alone, beside = start(6, 9), start(6, 9)
     expected = follow(kind([alone]), alone, stream(6, 9, steps=6))
     nothing = nn.Parameter(torch.zeros(empty))
@@ -30,14 +30,14 @@ def test_the_others_move_as_they_would_without_it_and_resume(kind: Any, empty: t
 
 
 @pytest.mark.parametrize("kind", [Muon, SpecSGD, SinkGD, Shampoo, EShampoo, SOAP, ASGO])
-def test_an_optimizer_of_nothing_else_steps(kind: Any) -> None:
+def test_an_optimizer_of_empty_matrices_steps(kind: Any) -> None:
     nothing = nn.Parameter(torch.zeros(0, 4))
     optimizer = kind([nothing])
     follow(optimizer, nothing, [torch.zeros(0, 4)] * 2)
     assert nothing.shape == (0, 4)
 
 
-def test_a_projection_of_no_rows_is_left_out_and_halves_of_it_are_not_kept() -> None:
+def test_a_projection_without_rows_gets_no_update_and_keeps_no_halves() -> None:
     parameter, plain = start(6, 9), start(6, 9)
     cut = Shampoo([{"params": [parameter], "split_sizes": (0, 6)}], lr=0.02, update_bias_correction=True)
     whole = Shampoo([plain], lr=0.02, update_bias_correction=True)

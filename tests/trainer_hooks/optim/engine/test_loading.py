@@ -1,4 +1,4 @@
-"""What load_state_dict takes, in which dtype, and what it refuses."""
+"""Checkpoints that load_state_dict takes, in which dtype, and those that it refuses."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MOMENTUM_BESIDE_PARAMETERS: list[Any] = [Muon, Scion, Signum, AdamW]
 
 
 @pytest.mark.parametrize("name", FACTORED)
-def test_what_torch_makes_before_it_reads_a_checkpoint_has_room_for_all_of_it(name: str) -> None:
+def test_the_state_that_torch_initialises_has_room_for_a_whole_checkpoint(name: str) -> None:
     """torch.distributed.checkpoint reads only what a step at rate 0 on gradients of zeros leaves behind."""
     straight, first, second = (start(6, 9) for _ in range(3))
     expected = follow(FACTORED[name]([straight]), straight, stream(6, 9))
@@ -84,31 +84,97 @@ def test_a_checkpoint_goes_on_beside_parameters_of_another_dtype(
     after = kind([second])
     after.load_state_dict(copy.deepcopy(before.state_dict()))
     beside = kind in MOMENTUM_BESIDE_PARAMETERS
-    wanted = loaded if beside else torch.promote_types(loaded, torch.float32)
+    dtype = loaded if beside else torch.promote_types(loaded, torch.float32)
     for name, value in before.state[first].items():
         if value.ndim and value.is_floating_point():
-            found = after.state[second][name]
-            assert found.dtype == wanted
-            assert torch.equal(found, value.to(wanted)), name
+            entry = after.state[second][name]
+            assert entry.dtype == dtype
+            assert torch.equal(entry, value.to(dtype)), name
     assert follow(after, second, stream(6, 9, steps=4)[1:]).isfinite().all()
 
 
+@pytest.mark.parametrize("tagged", [True, False])
 @pytest.mark.parametrize(("saver", "loader"), [pair for pair in permutations(KINDS, 2) if pair != (SignSGD, Signum)])
-def test_another_optimizers_checkpoint_is_refused_and_changes_nothing(saver: Any, loader: Any) -> None:
-    """SignSGD is Signum with a momentum of 0, so Signum may take it."""
+def test_an_optimizer_refuses_another_ones_checkpoint_and_stays_as_it_was(
+    saver: Any, loader: Any, tagged: bool
+) -> None:
+    """SignSGD is Signum with a momentum of 0, so Signum may take it, and SignSGD refuses Signum's by its momentum."""
     parameter = start(6, 9)
     before, after = saver([parameter]), loader([parameter])
     follow(before, parameter, stream(6, 9, steps=2))
     groups = copy.deepcopy(after.state_dict()["param_groups"])
-    with pytest.raises(InvalidInputError, match=f"not {loader.__name__}'s: its groups"):
-        after.load_state_dict(copy.deepcopy(before.state_dict()))
+    saved = copy.deepcopy(before.state_dict())
+    message = f"not {loader.__name__}'s: its groups"
+    if not tagged:
+        del saved["optimizer_class"]
+    elif (saver, loader) != (Signum, SignSGD):
+        message = f"written by {saver.__name__}, and {loader.__name__} cannot .*: load it into {saver.__name__}"
+    with pytest.raises(InvalidInputError, match=message):
+        after.load_state_dict(saved)
     assert after.state_dict()["param_groups"] == groups
     assert not after.state
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_goes_on_with_and_without_its_class(kind: Any) -> None:
+    first, second, third = start(6, 9), start(6, 9), start(6, 9)
+    before, with_class, without_class = kind([first]), kind([second]), kind([third])
+    follow(before, first, stream(6, 9, steps=3))
+    saved = copy.deepcopy(before.state_dict())
+    assert saved["optimizer_class"] == kind.__name__
+    for after, parameter in ((with_class, second), (without_class, third)):
+        after.load_state_dict(copy.deepcopy(saved))
+        with torch.no_grad():
+            parameter.copy_(first)
+        saved.pop("optimizer_class", None)
+    expected = follow(before, first, stream(6, 9, steps=5)[3:])
+    assert torch.equal(follow(with_class, second, stream(6, 9, steps=5)[3:]), expected)
+    assert torch.equal(follow(without_class, third, stream(6, 9, steps=5)[3:]), expected)
+
+
+def test_a_checkpoint_with_its_class_may_hold_settings_of_later_versions() -> None:
+    """Such a checkpoint would be another optimizer's by its settings alone."""
+    before, after = Muon([start(6, 9)]), Muon([start(6, 9)])
+    saved = before.state_dict()
+    saved["param_groups"][0]["dampening"] = 0.5
+    after.load_state_dict(copy.deepcopy(saved))
+    assert after.param_groups[0]["dampening"] == 0.5
+    del saved["optimizer_class"]
+    with pytest.raises(InvalidInputError, match="not Muon's: its groups hold dampening"):
+        Muon([start(6, 9)]).load_state_dict(saved)
+
+
+class Logged(Muon):
+    """A subclass that changes nothing."""
+
+
+def test_a_subclass_takes_the_checkpoints_of_its_base_and_not_the_other_way_round() -> None:
+    base, derived = Muon([start(6, 9)]), Logged([start(6, 9)])
+    derived.load_state_dict(copy.deepcopy(base.state_dict()))
+    saved = derived.state_dict()
+    with pytest.raises(InvalidInputError, match=r"written by Logged, and Muon .* remove 'optimizer_class' from"):
+        base.load_state_dict(copy.deepcopy(saved))
+    del saved["optimizer_class"]
+    base.load_state_dict(saved)
+
+
+def test_signum_and_signsgd_without_momentum_have_the_same_checkpoints() -> None:
+    still, sign = Signum([start(6, 9)], momentum=0.0), SignSGD([start(6, 9)])
+    sign.load_state_dict(copy.deepcopy(still.state_dict()))
+    still.load_state_dict(copy.deepcopy(sign.state_dict()))
+
+
+def test_torch_loads_a_checkpoint_with_its_class() -> None:
+    first, second = start(6, 9), start(6, 9)
+    before, after = AdamW([first]), torch.optim.AdamW([second])
+    follow(before, first, stream(6, 9, steps=2))
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert torch.equal(after.state[second]["exp_avg"], before.state[first]["exp_avg"])
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad])
 @pytest.mark.parametrize("loader", KINDS)
-def test_a_checkpoint_of_torchs_other_optimizers_is_refused(kind: Any, loader: Any) -> None:
+def test_an_optimizer_refuses_checkpoints_of_torchs_other_optimizers(kind: Any, loader: Any) -> None:
     parameter = start(6, 9)
     before = kind([parameter], lr=0.1)
     follow(before, parameter, stream(6, 9, steps=2))
@@ -117,7 +183,7 @@ def test_a_checkpoint_of_torchs_other_optimizers_is_refused(kind: Any, loader: A
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_names_of_parameters_and_schedulers_settings_do_not_hinder_loading(kind: Any) -> None:
+def test_names_of_parameters_and_settings_of_schedulers_do_not_hinder_loading(kind: Any) -> None:
     layer = nn.Linear(9, 6, bias=False)
     named, unnamed = kind(layer.named_parameters()), kind(layer.parameters())
     torch.optim.lr_scheduler.OneCycleLR(named, max_lr=0.1, total_steps=5, cycle_momentum=False)
@@ -129,7 +195,7 @@ def test_names_of_parameters_and_schedulers_settings_do_not_hinder_loading(kind:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_keys_that_users_wrote_into_groups_come_back_with_the_checkpoint(kind: Any) -> None:
+def test_keys_that_users_wrote_into_groups_come_back_with_a_checkpoint(kind: Any) -> None:
     first, second = start(6, 9), start(6, 9)
     before, after = kind([first]), kind([second])
     before.param_groups[0].update(name="hidden", lr_scale=0.5)
@@ -139,7 +205,7 @@ def test_keys_that_users_wrote_into_groups_come_back_with_the_checkpoint(kind: A
     assert after.param_groups[0]["lr_scale"] == 0.5
 
 
-def test_every_setting_of_the_optimizers_here_and_of_torchs_common_ones_is_known_as_one() -> None:
+def test_the_list_of_settings_has_all_of_ours_and_of_torchs_common_ones() -> None:
     torchs = ("SGD", "Adam", "AdamW", "Muon", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
     kinds = [*KINDS, *(getattr(torch.optim, name) for name in torchs)]
     settings = {name for kind in kinds for name in kind([start(6, 9)], lr=0.1).defaults}
@@ -147,7 +213,7 @@ def test_every_setting_of_the_optimizers_here_and_of_torchs_common_ones_is_known
 
 
 @pytest.mark.parametrize("kind", [Muon, Scion, SinkGD, SpecSGD])
-def test_a_cut_that_no_state_depends_on_stays_as_it_was_built(kind: Any) -> None:
+def test_a_cut_without_state_of_matrices_stays_as_it_was_built(kind: Any) -> None:
     """The momentum of before lies beside the parameter, so the next step is that of the matrices cut now."""
     whole, cut, other = start(6, 9), start(6, 9), start(6, 9)
     before, after = kind([whole]), kind([{"params": [cut], "split_sizes": (2, 4)}])
@@ -173,7 +239,7 @@ def test_a_cut_that_no_state_depends_on_stays_as_it_was_built(kind: Any) -> None
         ({"batched": True}, {}, "batched=False, and the checkpoint has batched=True"),
     ],
 )
-def test_parameters_cut_into_other_matrices_are_refused(kind: Any, there: Any, here: Any, message: str) -> None:
+def test_the_shampoo_family_refuses_checkpoints_of_another_cut(kind: Any, there: Any, here: Any, message: str) -> None:
     plain, cut = start(6, 9), start(6, 9)
     before, after = (kind([{"params": [plain]}, {"params": [cut], **settings}]) for settings in (there, here))
     follow(before, plain, stream(6, 9, steps=1))

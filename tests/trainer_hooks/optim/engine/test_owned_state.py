@@ -1,4 +1,4 @@
-"""What a checkpoint must bring to the rank that owns a matrix, and what is said when it does not."""
+"""Matrices that a checkpoint must bring to the rank that owns them, and the error when they are missing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from trainer_hooks.optim import ASGO, SOAP, EShampoo, Muon, Shampoo
 
 KINDS: list[Any] = [Shampoo, EShampoo, SOAP, ASGO]
 COUNTS = ("step",)
-"""What every rank holds of every parameter."""
+"""Entries of every parameter that every rank holds."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_counts_beside_what_the_first_step_makes_are_refused_at_every_step(kind: Any) -> None:
-    """What full_state_dict of rank 0 is on the others: counts, and beside them torch's initialising step."""
+def test_every_step_refuses_counts_beside_initialised_matrices(kind: Any) -> None:
+    """The full_state_dict of rank 0 looks so on the others: counts, and beside them torch's initialising step."""
     parameter = nn.Parameter(torch.ones(4, 6))
     optimizer = kind([parameter])
     run(optimizer, parameter, gradients(4, 6, steps=3))
@@ -39,19 +39,19 @@ def test_counts_beside_what_the_first_step_makes_are_refused_at_every_step(kind:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_matrix_whose_gradients_were_all_zero_resumes_and_goes_on_bit_for_bit(kind: Any) -> None:
+def test_a_matrix_with_gradients_of_zeros_alone_resumes_bit_for_bit(kind: Any) -> None:
     resting, straight = (nn.Parameter(torch.ones(4, 6)) for _ in range(2))
     before, whole = kind([resting]), kind([straight])
     for optimizer, parameter in ((before, resting), (whole, straight)):
         run(optimizer, parameter, [torch.zeros(4, 6)] * 3)
     before.load_state_dict(copy.deepcopy(before.state_dict()))
-    found = run(before, resting, gradients(4, 6, steps=4)).clone()
-    assert torch.equal(found, run(whole, straight, gradients(4, 6, steps=4)))
-    assert not torch.equal(found, torch.ones(4, 6).double())
+    actual = run(before, resting, gradients(4, 6, steps=4)).clone()
+    assert torch.equal(actual, run(whole, straight, gradients(4, 6, steps=4)))
+    assert not torch.equal(actual, torch.ones(4, 6).double())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_from_before_owners_left_a_mark_goes_on_bit_for_bit(kind: Any) -> None:
+def test_a_checkpoint_without_marks_of_owners_goes_on_bit_for_bit(kind: Any) -> None:
     first, straight = (nn.Parameter(torch.ones(4, 6)) for _ in range(2))
     before, whole = kind([first]), kind([straight])
     for optimizer, parameter in ((before, first), (whole, straight)):
@@ -67,10 +67,10 @@ def test_a_checkpoint_from_before_owners_left_a_mark_goes_on_bit_for_bit(kind: A
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("failing_step", [1, 2, 3])
-def test_a_run_that_went_on_after_a_failed_step_resumes_from_its_checkpoint(
+def test_a_run_that_survived_a_failed_step_resumes_from_its_checkpoint(
     kind: Any, failing_step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What one matrix lacks of memory keeps the next from being computed."""
+    """A matrix for which memory runs out keeps the next one from being computed."""
 
     def train(optimizer: Any, steps: range) -> list[Tensor]:
         parameters: list[Tensor] = optimizer.param_groups[0]["params"]
@@ -93,11 +93,11 @@ def test_a_run_that_went_on_after_a_failed_step_resumes_from_its_checkpoint(
     trained = train(before, range(failing_step, 5))
     after = kind([nn.Parameter(weights) for weights in trained])
     after.load_state_dict(copy.deepcopy(before.state_dict()))
-    for found, expected in zip(train(after, range(5, 6)), train(before, range(5, 6)), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(train(after, range(5, 6)), train(before, range(5, 6)), strict=True):
+        assert torch.equal(actual, expected)
 
 
-def test_counts_without_matrices_are_refused_at_the_next_step() -> None:
+def test_the_next_step_refuses_counts_without_matrices() -> None:
     parameter = nn.Parameter(torch.ones(4, 6))
     before = Shampoo([parameter])
     run(before, parameter, gradients(4, 6, steps=3))
@@ -109,13 +109,13 @@ def test_counts_without_matrices_are_refused_at_the_next_step() -> None:
         run(after, parameter, gradients(4, 6, steps=1))
 
 
-def test_a_copy_of_a_share_is_refused_at_its_first_step() -> None:
-    """On a rank of several, a copy would do all of the work, with the matrices of one rank."""
+def test_the_first_step_of_a_copy_refuses_a_share() -> None:
+    """A copy on one of several ranks would do all of the work, with the matrices of one rank."""
     optimizer = SOAP([nn.Parameter(torch.ones(4, 6)) for _ in range(2)])
-    mine, theirs = optimizer.param_groups[0]["params"]
-    mine.grad = theirs.grad = torch.ones(4, 6)
+    owned, foreign = optimizer.param_groups[0]["params"]
+    owned.grad = foreign.grad = torch.ones(4, 6)
     optimizer.step()
-    optimizer.state[theirs] = {name: optimizer.state[theirs][name] for name in COUNTS}
+    optimizer.state[foreign] = {name: optimizer.state[foreign][name] for name in COUNTS}
     copied = copy.deepcopy(optimizer)
     for parameter in copied.param_groups[0]["params"]:
         parameter.grad = torch.ones(4, 6)
@@ -123,7 +123,7 @@ def test_a_copy_of_a_share_is_refused_at_its_first_step() -> None:
         copied.step()
 
 
-def test_large_models_are_stepped_in_portions_and_end_as_they_would_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_in_portions_is_the_step_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained() -> list[Tensor]:
         shapes = [(4, 6), (6, 4), (4, 6), (5, 5), (4, 6)]
         matrices = [nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in shapes]
@@ -137,11 +137,11 @@ def test_large_models_are_stepped_in_portions_and_end_as_they_would_at_once(monk
 
     at_once = trained()
     monkeypatch.setattr("trainer_hooks.optim.engine.matrix_optimizer._MAX_BATCH_NUMEL", 30)
-    for found, expected in zip(trained(), at_once, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for actual, expected in zip(trained(), at_once, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_refused_group_is_not_kept() -> None:
+def test_an_optimizer_does_not_keep_a_refused_group() -> None:
     parameter = nn.Parameter(torch.ones(4, 6))
     optimizer = Muon([parameter])
     with pytest.raises(GeometryError):

@@ -1,4 +1,4 @@
-"""Which parameter of the small model a large one's settings come from, and how many layers each has, by names."""
+"""Counterparts of parameters in the small model, and the numbers of layers in both, by names."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def test_base_shapes_survive_json_and_need_no_memory() -> None:
 def test_a_deeper_model_takes_its_bases_from_the_layers_there_are() -> None:
     shapes = {f"blocks.{layer}.w": (8, 8) for layer in range(6)} | {"head": (5, 8)}
     base = {"blocks.0.w": [4, 4], "blocks.1.w": [4, 4], "head": [5, 4]}
-    found = find_bases(shapes, base)
-    assert found["blocks.5.w"] == BaseOfParameter((4, 4), depth=6, base_depth=2)
-    assert found["head"] == BaseOfParameter((5, 4), depth=1, base_depth=1)
+    bases = find_bases(shapes, base)
+    assert bases["blocks.5.w"] == BaseOfParameter((4, 4), depth=6, base_depth=2)
+    assert bases["head"] == BaseOfParameter((5, 4), depth=1, base_depth=1)
 
 
-def test_experts_and_unequal_layers_are_no_depth() -> None:
+def test_experts_and_unequal_layers_do_not_count_as_depth() -> None:
     experts = {f"layers.{layer}.experts.{number}.w": (8, 8) for layer in range(3) for number in range(4)}
     base = {f"layers.0.experts.{number}.w": (4, 4) for number in range(2)}
-    assert {(found.depth, found.base_depth) for found in find_bases(experts, base).values()} == {(3, 1)}
+    assert {(row.depth, row.base_depth) for row in find_bases(experts, base).values()} == {(3, 1)}
     alone = {"experts.0.w": (8, 8), "experts.1.w": (8, 8)}
     assert find_bases(alone, {"experts.0.w": (4, 4)})["experts.1.w"] == BaseOfParameter((4, 4), 1, 1)
     # The first layer of the base is as wide as its data; that makes no stack of it.
     perceptron = {"0.weight": (8, 4), "2.weight": (8, 8), "4.weight": (8, 8)}
     base = {"0.weight": (4, 4), "2.weight": (4, 4), "4.weight": (4, 4)}
-    assert {(found.depth, found.base_depth) for found in find_bases(perceptron, base).values()} == {(1, 1)}
+    assert {(row.depth, row.base_depth) for row in find_bases(perceptron, base).values()} == {(1, 1)}
 
 
 class SequentialBlocks(nn.Module):
@@ -67,11 +67,11 @@ class SequentialBlocks(nn.Module):
 
 
 @pytest.mark.parametrize(("depth", "base_depth"), [(8, 4), (4, 8), (4, 4)])
-def test_lists_inside_a_layer_are_no_depth_and_hide_none(depth: int, base_depth: int) -> None:
+def test_lists_inside_a_layer_neither_count_as_depth_nor_hide_it(depth: int, base_depth: int) -> None:
     with torch.device("meta"):
         model, base = SequentialBlocks(16, depth, num_experts=3), SequentialBlocks(8, base_depth, num_experts=2)
-    found = find_bases(base_shapes_of(model), base_shapes_of(base))
-    assert {(row.depth, row.base_depth) for row in found.values()} == {(depth, base_depth)}
+    bases = find_bases(base_shapes_of(model), base_shapes_of(base))
+    assert {(row.depth, row.base_depth) for row in bases.values()} == {(depth, base_depth)}
     last = f"blocks.{depth - 1}"
     shapes = {
         "mlp.0.weight": (32, 8),
@@ -80,7 +80,7 @@ def test_lists_inside_a_layer_are_no_depth_and_hide_none(depth: int, base_depth:
         "experts.2.2.weight": (8, 32),
         "mixers.2.weight": (8, 8),
     }
-    assert {name: found[f"{last}.{name}"].shape for name in shapes} == shapes
+    assert {name: bases[f"{last}.{name}"].shape for name in shapes} == shapes
 
 
 class Stack(nn.Module):
@@ -101,14 +101,14 @@ def in_stages(width: int, num_layers: int) -> nn.Module:
 
 @pytest.mark.parametrize("build", [in_a_sequence, in_stages])
 @pytest.mark.parametrize(("depth", "base_depth"), [(4, 2), (2, 4), (3, 1)])
-def test_a_number_before_the_layers_is_no_layer(
+def test_a_number_before_the_layers_does_not_count_as_a_layer(
     build: Callable[[int, int], nn.Module], depth: int, base_depth: int
 ) -> None:
-    found = find_bases(base_shapes_of(build(16, depth)), base_shapes_of(build(8, base_depth)))
-    layers = {name: row for name, row in found.items() if ".layers." in name}
+    bases = find_bases(base_shapes_of(build(16, depth)), base_shapes_of(build(8, base_depth)))
+    layers = {name: row for name, row in bases.items() if ".layers." in name}
     assert len(layers) == depth * (1 if build is in_a_sequence else 2)
     assert set(layers.values()) == {BaseOfParameter((8, 8), depth, base_depth)}
-    assert all(row.depth == row.base_depth for name, row in found.items() if name not in layers)
+    assert all(row.depth == row.base_depth for name, row in bases.items() if name not in layers)
 
 
 def test_stages_of_other_widths_and_depths_have_depths_of_their_own() -> None:
@@ -119,12 +119,12 @@ def test_stages_of_other_widths_and_depths_have_depths_of_their_own() -> None:
             for layer in range(depth)
         }
 
-    found = find_bases(stages(16, 2, 6), stages(8, 2, 2))
-    assert found["stages.0.blocks.1.w"] == BaseOfParameter((8, 8), depth=2, base_depth=2)
-    assert found["stages.1.blocks.5.w"] == BaseOfParameter((16, 16), depth=6, base_depth=2)
+    bases = find_bases(stages(16, 2, 6), stages(8, 2, 2))
+    assert bases["stages.0.blocks.1.w"] == BaseOfParameter((8, 8), depth=2, base_depth=2)
+    assert bases["stages.1.blocks.5.w"] == BaseOfParameter((16, 16), depth=6, base_depth=2)
 
 
-def test_heads_of_a_list_in_each_layer_are_no_depth() -> None:
+def test_heads_in_a_list_of_each_layer_do_not_count_as_depth() -> None:
     def heads(number: int) -> dict[str, tuple[int, ...]]:
         return {f"blocks.{layer}.heads.{head}.w": (8, 8) for layer in range(3) for head in range(number)}
 
@@ -139,7 +139,7 @@ def test_the_rate_of_a_perceptron_inside_a_block_follows_the_depth() -> None:
     assert {row.learning_rate_multiplier for row in groups.groups if row.role in ("linear", "expert")} == {3.0}
 
 
-def test_a_parameter_without_a_base_is_named() -> None:
+def test_find_bases_names_a_parameter_without_a_base() -> None:
     with pytest.raises(InvalidInputError, match=r"no shape for 1 parameters.*: extra"):
         find_bases({"w": (2, 2), "extra": (2,)}, {"w": (2, 2)})
     with pytest.raises(InvalidInputError, match=r"several to choose from: 4.weight"):

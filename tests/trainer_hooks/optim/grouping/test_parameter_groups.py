@@ -1,4 +1,4 @@
-"""Who owns which parameter, with which settings, and what the account says of it."""
+"""Optimizer and settings of every parameter, and the account of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from trainer_hooks.examples.train_lm import build_optimizers
 from trainer_hooks.optim import SNOO, SOAP, AdamW, Muon, Scion, Shampoo, Signum, SpecSGD
 from trainer_hooks.optim.grouping.parameter_groups import GroupedParameter, ParameterGroups, parameter_groups
 from trainer_hooks.optim.grouping.roles import check_ownership
-from trainer_hooks.optim.grouping.width_transfer import TransferRule, base_shapes_of
+from trainer_hooks.optim.grouping.width_transfer import base_shapes_of
+from trainer_hooks.optim.known_optimizers import TransferRule
 
 
 def llama(width: int = 32, num_layers: int = 2) -> Llama:
@@ -27,22 +28,22 @@ def rows_of(groups: ParameterGroups) -> dict[str, GroupedParameter]:
 
 
 def group_of(groups: ParameterGroups, parameter: nn.Parameter) -> dict[str, Any]:
-    (found,) = [
+    (only_group,) = [
         group
         for optimizer in groups.optimizers
         for group in optimizer.param_groups
         if any(parameter is other for other in group["params"])
     ]
-    return found
+    return only_group
 
 
 def test_a_llama_is_divided_as_the_example_job_divides_it_by_hand() -> None:
     model = llama()
     ours = parameter_groups(model, hidden=Muon).optimizers
-    theirs = build_optimizers(model, "muon", 0.02)
-    for found, expected in zip(ours, theirs, strict=True):
-        assert type(found) is type(expected)
-        assert {p for g in found.param_groups for p in g["params"]} == {
+    by_hand = build_optimizers(model, "muon", 0.02)
+    for own, expected in zip(ours, by_hand, strict=True):
+        assert type(own) is type(expected)
+        assert {p for g in own.param_groups for p in g["params"]} == {
             p for g in expected.param_groups for p in g["params"]
         }
 
@@ -82,14 +83,14 @@ def test_head_and_embedding_may_have_optimizers_of_their_own() -> None:
         parameter_groups(nn.Linear(3, 3), hidden=Muon, head=(Signum, {}))
 
 
-def test_the_callers_word_wins_and_the_first_of_two() -> None:
+def test_the_first_fitting_role_of_the_caller_overrules_ours() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    found = rows_of(
+    rows = rows_of(
         parameter_groups(
             model, hidden=Muon, roles={r"^1\.weight": "fallback", r"^2\.weight": "head", r"weight": "matrix"}
         )
     )
-    assert [(found[f"{i}.weight"].role, found[f"{i}.weight"].optimizer) for i in range(3)] == [
+    assert [(rows[f"{i}.weight"].role, rows[f"{i}.weight"].optimizer) for i in range(3)] == [
         ("matrix", "Muon"),
         ("linear", "AdamW"),
         ("head", "AdamW"),
@@ -102,7 +103,7 @@ def test_the_callers_word_wins_and_the_first_of_two() -> None:
         parameter_groups(model, hidden=Muon, no_decay=("norms",))  # type: ignore[arg-type]
 
 
-def test_frozen_parameters_are_listed_and_owned_by_nobody() -> None:
+def test_frozen_parameters_are_listed_without_an_optimizer() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].requires_grad_(False)
     groups = parameter_groups(model, hidden=Muon)
@@ -122,8 +123,8 @@ def test_tied_weights_are_stepped_once() -> None:
     assert [(row.role, row.optimizer) for row in groups.groups] == [("tied", "AdamW"), ("linear", "Muon")]
 
 
-def test_vectors_cannot_be_forced_on_a_matrix_optimizer() -> None:
-    with pytest.raises(GeometryError, match=r"bias: a parameter of shape \(4,\) is no matrix"):
+def test_a_matrix_optimizer_refuses_vectors() -> None:
+    with pytest.raises(GeometryError, match=r"bias: a parameter of shape \(4,\) is not a matrix"):
         parameter_groups(nn.Linear(4, 4), hidden=Muon, roles={"bias": "hidden"})
 
 
@@ -207,7 +208,7 @@ def test_heads_transfer_at_their_own_width() -> None:
         parameter_groups(model, hidden=Muon, num_heads={"query": 2}, base_shapes=base)
 
 
-def test_transfer_without_a_rule_is_refused_until_there_is_one() -> None:
+def test_transfer_needs_a_rule_for_every_optimizer() -> None:
     model, base = nn.Linear(8, 8, bias=False), nn.Linear(4, 4, bias=False)
     with pytest.raises(
         InvalidInputError, match=r"weight: no rule is known .* Adagrad follow the width.*transfer=\{'Adagrad': Tr"
@@ -259,7 +260,7 @@ def scion_everywhere(model: nn.Module, base: nn.Module | None = None) -> Paramet
     )
 
 
-def test_scion_takes_every_role_in_a_norm_of_its_own_and_knows_the_width_itself() -> None:
+def test_scion_takes_every_role_in_a_norm_of_its_own_and_needs_no_transfer() -> None:
     plain, carried = scion_everywhere(llama(64)), scion_everywhere(llama(64), llama(32))
     assert carried.groups == plain.groups
     norms = [(row.optimizer, row.update_scale) for row in plain.groups if row.name in ("head.weight", "norm.weight")]
@@ -268,7 +269,7 @@ def test_scion_takes_every_role_in_a_norm_of_its_own_and_knows_the_width_itself(
     assert {row.weight_decay for row in plain.groups if row.role != "norm"} == {1.0}
 
 
-def test_true_spectral_descent_has_no_rule() -> None:
+def test_spectral_descent_by_the_nuclear_norm_has_no_rule() -> None:
     model, base = nn.Linear(8, 8, bias=False), nn.Linear(4, 4, bias=False)
     groups = parameter_groups(model, hidden=SpecSGD, base_shapes=base)
     assert groups.groups[0].learning_rate_multiplier == 1.0
@@ -276,7 +277,7 @@ def test_true_spectral_descent_has_no_rule() -> None:
         parameter_groups(model, hidden=SpecSGD, hidden_options={"scale_by_nuclear_norm": True}, base_shapes=base)
 
 
-def test_shampoo_without_a_rule_is_refused() -> None:
+def test_shampoo_without_a_transfer_rule_refuses_base_shapes() -> None:
     model, base = nn.Linear(8, 8, bias=False), nn.Linear(4, 4, bias=False)
     whitened = {"factors": "kl", "exponent": 0.5, "grafting": "none"}
     with pytest.raises(InvalidInputError, match="no rule is known by which settings of this Shampoo"):
@@ -325,11 +326,11 @@ def test_layers_that_are_treated_differently_are_not_folded_together() -> None:
         ({"hidden": Muon, "embedding": (AdamW,)}, "takes an optimizer's class"),
     ],
 )
-def test_what_is_no_optimizer_class_is_said_by_argument(arguments: dict[str, Any], words: str) -> None:
+def test_the_error_names_the_argument_that_is_not_an_optimizer_class(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidInputError, match=re.escape(words)):
         parameter_groups(nn.Linear(4, 4), **arguments)
 
 
-def test_a_model_is_asked_for_and_not_its_parameters() -> None:
+def test_parameter_groups_takes_a_model_and_not_its_parameters() -> None:
     with pytest.raises(InvalidInputError, match="takes the model itself, got generator"):
         parameter_groups(nn.Linear(4, 4).parameters(), hidden=Muon)  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ def step_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.
     return parameter.detach() - before
 
 
-def test_grouped_heads_are_orthogonalized_one_by_one_only_if_told() -> None:
+def test_grouped_heads_are_orthogonalized_one_by_one_only_on_request() -> None:
     with pytest.raises(
         InvalidInputError, match=r"qkv.weight: it counts as a fused projection.*24 rows of 16 columns do not say"
     ):
@@ -59,14 +59,14 @@ def test_grouped_heads_are_orthogonalized_one_by_one_only_if_told() -> None:
     assert sizes == {"whole": 1, "fused": 3, "heads": 6}
 
 
-def test_heads_that_do_not_fit_are_named() -> None:
+def test_the_error_names_heads_that_do_not_fit() -> None:
     with pytest.raises(GeometryError, match=r"out.weight: num_heads=3 does not cut"):
         parameter_groups(GroupedQuery(), hidden=Muon, fused={"qkv": (16, 4, 4)}, num_heads={"out": 3})
-    with pytest.raises(InvalidInputError, match="fused= cuts matrices into pieces; Muon knows none"):
+    with pytest.raises(InvalidInputError, match="fused= cuts matrices into pieces, which Muon does not take"):
         parameter_groups(GroupedQuery(), hidden=torch.optim.Muon, fused={"qkv": (16, 4, 4)})
 
 
-def test_single_entries_know_no_pieces() -> None:
+def test_elementwise_optimizers_ignore_pieces() -> None:
     groups = parameter_groups(GroupedQuery(), hidden=Signum, fused={"qkv": (16, 4, 4)}, num_heads={"qkv": 4})
     assert "split_sizes" not in groups.optimizers[0].param_groups[0]
     assert rows_of(groups)["qkv.weight"].num_matrices == 1
@@ -111,15 +111,15 @@ def test_rows_that_may_be_ordered_by_heads_are_cut_only_as_the_caller_says() -> 
     for model in (head_wise(4), head_wise(2)):
         with pytest.raises(InvalidInputError, match=re.escape("num_heads={pattern: 3 * heads}")):
             parameter_groups(model, hidden=Muon)
-    for given, found in {
+    for given, num_matrices in {
         "whole": (INTERLEAVED, 1),
         "contiguous": ({"fused": {"query_key_value": (16, 16, 16)}}, 3),
         "by heads": (INTERLEAVED | {"num_heads": {"query_key_value": 3 * 4}}, 12),
     }.values():
-        assert parameter_groups(head_wise(4), hidden=Muon, **given).groups[0].num_matrices == found
+        assert parameter_groups(head_wise(4), hidden=Muon, **given).groups[0].num_matrices == num_matrices
 
 
-def test_a_fused_projection_stored_by_columns_is_refused_with_the_fallback_named() -> None:
+def test_the_error_names_the_fallback_for_fused_projections_stored_by_columns() -> None:
     model = nn.Module()
     model.register_parameter("c_attn_w", nn.Parameter(torch.zeros(16, 48)))
     with pytest.raises(InvalidInputError, match="'fallback' is for weights that are stored"):
@@ -183,9 +183,9 @@ def test_gates_of_a_recurrent_layer_are_orthogonalized_one_by_one() -> None:
         (nn.GRU(16, 16), "weight_ih_l0"),
     ],
 )
-def test_an_optimizer_of_one_matrix_per_parameter_takes_a_fused_one_only_if_told(model: nn.Module, name: str) -> None:
-    told = re.escape(f"{name}: Muon takes one matrix per parameter, and this is several in one")
-    with pytest.raises(GeometryError, match=rf"{told}.*roles=\{{pattern: 'linear'\}}"):
+def test_an_optimizer_of_single_matrices_takes_a_fused_one_only_on_request(model: nn.Module, name: str) -> None:
+    message = re.escape(f"{name}: Muon takes one matrix per parameter, and this is several in one")
+    with pytest.raises(GeometryError, match=rf"{message}.*roles=\{{pattern: 'linear'\}}"):
         parameter_groups(model, hidden=torch.optim.Muon)
     for word in ("linear", "hidden"):
         groups = parameter_groups(model, hidden=torch.optim.Muon, roles={"weight": word})  # type: ignore[dict-item]

@@ -83,8 +83,8 @@ def test_a_module_of_the_users_own_called_module_keeps_its_name() -> None:
 
 
 def test_a_transformer_encoder_layer_is_sorted() -> None:
-    found = find_roles(nn.TransformerEncoderLayer(32, 4, 64))
-    assert {row.name: row.role for row in found} == {
+    rows = find_roles(nn.TransformerEncoderLayer(32, 4, 64))
+    assert {row.name: row.role for row in rows} == {
         "self_attn.in_proj_weight": "qkv",
         "self_attn.in_proj_bias": "bias",
         "self_attn.out_proj.weight": "linear",
@@ -98,7 +98,7 @@ def test_a_transformer_encoder_layer_is_sorted() -> None:
         "norm2.weight": "norm",
         "norm2.bias": "norm",
     }
-    assert found[0].split_sizes == (32, 32, 32)
+    assert rows[0].split_sizes == (32, 32, 32)
 
 
 def test_attention_with_other_key_sizes_is_not_fused() -> None:
@@ -171,7 +171,7 @@ def test_experts_and_bare_parameters_are_sorted() -> None:
     }
 
 
-def test_a_norm_is_known_by_the_name_of_its_class() -> None:
+def test_the_name_of_its_class_makes_a_module_a_norm() -> None:
     class OurRMSNorm(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -196,7 +196,7 @@ def test_tied_weights_appear_once(device: str) -> None:
     assert roles_of(model) == {"embedding.weight": "tied", "hidden.weight": "linear"}
 
 
-def test_a_head_without_a_name_is_known_by_the_embeddings_shape() -> None:
+def test_the_shape_of_the_embedding_reveals_a_head_without_a_name() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -204,9 +204,9 @@ def test_a_head_without_a_name_is_known_by_the_embeddings_shape() -> None:
             self.to_words = nn.Linear(8, 50)
             self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 50)])
 
-    found = roles_of(Plain())
-    assert found["to_words.weight"] == "head"
-    assert found["layers.1.weight"] == "linear"
+    roles = roles_of(Plain())
+    assert roles["to_words.weight"] == "head"
+    assert roles["layers.1.weight"] == "linear"
     sequence = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     assert roles_of(sequence)["1.weight"] == "linear"
     assert roles_of(sequence)["2.weight"] == "head"
@@ -220,8 +220,8 @@ def test_the_last_layer_under_a_top_name_is_the_head() -> None:
             self.classifier = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
 
     expected = {"encoder.output.weight": "linear", "classifier.0.weight": "linear", "classifier.2.weight": "head"}
-    found = roles_of(Net())
-    assert {name: found[name] for name in expected} == expected
+    roles = roles_of(Net())
+    assert {name: roles[name] for name in expected} == expected
     wrapped = roles_of(nn.ModuleDict({"model": Net()}))
     assert {name: wrapped[f"model.{name}"] for name in expected} == expected
 
@@ -246,7 +246,7 @@ def test_grouped_heads_are_split_as_the_caller_says() -> None:
     assert (row.role, row.split_sizes) == ("linear", None)  # as in state-space layers
 
 
-def test_wrong_sizes_and_patterns_are_named() -> None:
+def test_the_error_names_wrong_sizes_and_patterns() -> None:
     with pytest.raises(InvalidInputError, match=r"qkv.weight has shape \(24, 16\).*\(16, 4\)"):
         find_roles(Attention(24), fused={"qkv": (16, 4)})
     with pytest.raises(InvalidInputError, match=r"'kqv' is found in no parameter's name; they begin with qkv.weight"):
@@ -255,7 +255,7 @@ def test_wrong_sizes_and_patterns_are_named() -> None:
         find_roles(Attention(24), fused={"(": (16, 4, 4)})
 
 
-def test_a_parameter_without_a_shape_is_refused() -> None:
+def test_find_roles_refuses_a_parameter_without_a_shape() -> None:
     with pytest.raises(InvalidInputError, match=r"0.weight has no shape yet: run the model on one batch"):
         find_roles(nn.Sequential(nn.LazyLinear(4)))
 
@@ -265,7 +265,7 @@ def test_every_parameter_of_a_model_has_one_role_in_the_models_order() -> None:
         assert [row.name for row in find_roles(model)] == [name for name, _ in model.named_parameters()]
 
 
-def test_a_module_that_knows_its_parent_is_no_endless_tree() -> None:
+def test_a_module_that_holds_its_parent_does_not_recurse_forever() -> None:
     parent, child = nn.Module(), nn.Linear(2, 2, bias=False)
     parent.child, child.parent = child, parent
     assert roles_of(parent) == {"child.weight": "linear"}
@@ -289,7 +289,7 @@ def test_ownership_names_lost_and_doubled_parameters() -> None:
     check_ownership(model, [first])
 
 
-def test_parameters_replaced_after_the_optimizer_was_made_are_found_out() -> None:
+def test_check_ownership_finds_parameters_replaced_after_construction() -> None:
     model = nn.Sequential(nn.Linear(3, 3, bias=False))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model[0].weight = nn.Parameter(torch.zeros(3, 3))
@@ -316,8 +316,8 @@ def test_words_for_matrices_leave_the_biases_beside_them_alone() -> None:
     rows = {row.name: row for row in find_roles(model, fused={"qkv": (8, 2, 2)})}
     assert (rows["qkv.weight"].role, rows["qkv.weight"].split_sizes) == ("qkv", (8, 2, 2))
     assert rows["qkv.bias"].role == "bias"
-    told, _ = overruled(find_roles(model), {"out": "matrix"})
-    assert {row.name: row.role for row in told if row.name.startswith("out")} == {
+    overruled_rows, _ = overruled(find_roles(model), {"out": "matrix"})
+    assert {row.name: row.role for row in overruled_rows if row.name.startswith("out")} == {
         "out.weight": "matrix",
         "out.bias": "bias",
     }

@@ -1,4 +1,4 @@
-"""Roles where types say nothing: classes of the user's own, parametrized weights, recurrent gates."""
+"""Roles that do not follow from types: classes of the user's own, parametrized weights, recurrent gates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def roles_of(model: nn.Module) -> dict[str, str]:
 
 
 class Own(nn.Module):
-    """A weight whose class says nothing."""
+    """A weight in a class without a known base."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -25,11 +25,11 @@ class Own(nn.Module):
 
 
 class ParallelEmbedding(Own):
-    """As in Llama's own code."""
+    """The embedding of Llama's own code."""
 
 
 class ColumnParallelLinear(Own):
-    """As there."""
+    """The linear layer of Llama's own code."""
 
 
 class LlamaLike(nn.Module):
@@ -59,7 +59,7 @@ def test_tied_weights_of_parallel_layers_appear_once() -> None:
     assert "output.weight" not in roles_of(model)
 
 
-def test_weights_of_unknown_classes_are_known_by_the_names_of_their_modules() -> None:
+def test_names_of_modules_give_roles_to_weights_of_unknown_classes() -> None:
     model = nn.ModuleDict(
         {
             "wte": Own(50, 8),
@@ -81,7 +81,7 @@ def test_weights_of_unknown_classes_are_known_by_the_names_of_their_modules() ->
     }
 
 
-def test_a_head_of_an_unknown_class_is_known_by_the_embeddings_shape() -> None:
+def test_the_shape_of_the_embedding_reveals_a_head_of_an_unknown_class() -> None:
     model = nn.ModuleDict({"embed_in": Own(50, 8), "mix": Own(8, 8), "to_words": Own(50, 8)})
     assert roles_of(model) == {"embed_in.weight": "embedding", "mix.weight": "matrix", "to_words.weight": "head"}
     model["embed_out"] = model.pop("to_words")  # GPT-NeoX calls it so
@@ -89,7 +89,7 @@ def test_a_head_of_an_unknown_class_is_known_by_the_embeddings_shape() -> None:
 
 
 @pytest.mark.parametrize("name", ["token_mixer", "pos_proj", "token_proj", "embed_proj", "embed_mixer"])
-def test_a_matrix_that_works_on_tokens_is_no_embedding(name: str) -> None:
+def test_a_matrix_that_works_on_tokens_is_not_an_embedding(name: str) -> None:
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({name: Own(8, 8)})]), "lm_head": Own(50, 8)})
     assert roles_of(model) == {f"blocks.0.{name}.weight": "matrix", "lm_head.weight": "head"}
 
@@ -108,21 +108,21 @@ def test_a_square_table_of_positions_makes_nothing_the_head() -> None:
 
 
 @pytest.mark.parametrize("name", ["wte", "tok_emb", "embed_tokens", "word_embeddings", "embed"])
-def test_a_bare_table_of_tokens_tells_the_head(name: str) -> None:
+def test_a_bare_table_of_tokens_reveals_the_head(name: str) -> None:
     model = nn.ModuleDict({"mix": nn.Linear(8, 8, bias=False), "to_words": nn.Linear(8, 50, bias=False)})
     model.register_parameter(name, nn.Parameter(torch.zeros(50, 8)))
     assert roles_of(model) == {name: "embedding", "mix.weight": "linear", "to_words.weight": "head"}
 
 
 @pytest.mark.parametrize("name", ["qkv_w", "qkv_weight", "W_qkv", "in_proj_weight", "c_attn_weight"])
-def test_a_bare_fused_projection_is_known_by_its_name(name: str) -> None:
+def test_the_name_of_a_bare_fused_projection_gives_its_role(name: str) -> None:
     model = nn.Module()
     model.register_parameter(name, nn.Parameter(torch.zeros(24, 8)))
     (row,) = find_roles(model)
     assert (row.role, row.split_sizes) == ("qkv", (8, 8, 8))
 
 
-def test_bare_tables_and_heads_are_known_by_their_names_wherever_the_model_hangs() -> None:
+def test_names_give_bare_tables_and_heads_their_roles_at_any_depth() -> None:
     model = nn.Module()
     for name, rows in {"tok_emb": 50, "mixing": 8, "unembed_weight": 50}.items():
         model.register_parameter(name, nn.Parameter(torch.zeros(rows, 8)))
@@ -131,7 +131,7 @@ def test_bare_tables_and_heads_are_known_by_their_names_wherever_the_model_hangs
     assert roles_of(nn.ModuleDict({"model": model})) == {f"model.{name}": role for name, role in expected.items()}
 
 
-def test_a_sequence_that_holds_a_fused_projection_is_no_list_of_single_ones() -> None:
+def test_a_sequence_around_a_fused_projection_does_not_split_it() -> None:
     model = nn.ModuleDict({"to_qkv": nn.Sequential(nn.Linear(8, 24, bias=False))})
     assert roles_of(model) == {"to_qkv.0.weight": "qkv"}
     apart = nn.ModuleDict({"qkv": nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(3))})
@@ -156,8 +156,8 @@ def test_normalized_weights_have_the_roles_of_plain_ones() -> None:
     for part in (model[name] for name in model if name not in ("norm", "out")):
         parametrizations.weight_norm(part)
     parametrizations.orthogonal(model["out"])
-    found = {row.name.replace(".parametrizations.weight", ""): row for row in find_roles(model)}
-    assert {name: row.role for name, row in found.items()} == {
+    rows = {row.name.replace(".parametrizations.weight", ""): row for row in find_roles(model)}
+    assert {name: row.role for name, row in rows.items()} == {
         "emb.original0": "vector",
         "emb.original1": "embedding",
         "qkv.bias": "bias",
@@ -172,8 +172,8 @@ def test_normalized_weights_have_the_roles_of_plain_ones() -> None:
         "head.original0": "vector",
         "head.original1": "head",
     }
-    assert found["qkv.original1"].split_sizes == (8, 8, 8)
-    assert found["query_key_value.original1"].split_sizes is None
+    assert rows["qkv.original1"].split_sizes == (8, 8, 8)
+    assert rows["query_key_value.original1"].split_sizes is None
 
 
 def test_pruned_weights_have_the_roles_of_plain_ones() -> None:
@@ -197,14 +197,14 @@ def test_weights_normalized_the_old_way_have_the_roles_of_plain_ones() -> None:
     for name in ("emb", "qkv", "conv", "head"):
         with pytest.warns(FutureWarning, match="weight_norm"):
             nn.utils.weight_norm(model.get_submodule(name))
-    found = roles_of(model)
+    roles = roles_of(model)
     expected = {"qkv.weight_v": "qkv", "conv.weight_v": "conv", "head.weight_v": "head", "emb.weight_v": "embedding"}
-    assert {name: found[name] for name in expected} == expected
-    assert {found[f"{name}.weight_g"] for name in ("qkv", "conv", "head")} == {"vector"}
+    assert {name: roles[name] for name in expected} == expected
+    assert {roles[f"{name}.weight_g"] for name in ("qkv", "conv", "head")} == {"vector"}
 
 
 @pytest.mark.parametrize("name", ["query_key_value", "linear_qkv"])
-def test_names_under_which_rows_are_ordered_by_heads_are_cut_into_no_thirds(name: str) -> None:
+def test_projections_whose_rows_go_by_heads_are_not_cut_into_thirds(name: str) -> None:
     (row,) = find_roles(nn.ModuleDict({name: nn.Linear(16, 48, bias=False)}))
     assert (row.role, row.split_sizes) == ("qkv", None)
 
@@ -229,5 +229,5 @@ def test_the_gates_of_recurrent_layers_are_matrices_of_their_own(
 
 
 def test_the_projection_of_an_lstm_is_one_matrix() -> None:
-    found = {row.name: row.split_sizes for row in find_roles(nn.LSTM(6, 8, proj_size=4, bias=False))}
-    assert found == {"weight_ih_l0": (8,) * 4, "weight_hh_l0": (8,) * 4, "weight_hr_l0": None}
+    splits = {row.name: row.split_sizes for row in find_roles(nn.LSTM(6, 8, proj_size=4, bias=False))}
+    assert splits == {"weight_ih_l0": (8,) * 4, "weight_hh_l0": (8,) * 4, "weight_hr_l0": None}
