@@ -144,9 +144,9 @@ def test_float32_differs_by_rounding_alone_however_it_is_evaluated(
     matrix = SPECTRA[name]()
     exact = orthogonalize(matrix, schedule=schedule, evaluation="direct")
     factor = orthogonalize(matrix.float(), schedule=schedule, evaluation=evaluation)
-    # Rounding of 2^-23 of the norm, times the slope of the polynomial at 0, the product of its first coefficients: 500 to
-    # 1000 in five steps, up to 8e4 in ten, of which values that have arrived keep little. On the Gram matrix squares are
-    # rounded, two steep steps earlier.
+    # Rounding of 2^-23 of the norm, times the slope of the polynomial at 0, the product of its first coefficients: 500
+    # to 1000 in five steps, up to 8e4 in ten, of which values that have arrived keep little. On the Gram matrix squares
+    # are rounded, two steep steps earlier.
     slope = math.prod(first for first, _, _ in schedule.coefficients)
     bound = min(2**-23 * slope * {"direct": 1, "gram": 4}[evaluation], 3e-3)
     assert float(torch.linalg.matrix_norm(factor.double() - exact, ord=2)) < bound
